@@ -1,0 +1,1 @@
+"""What runs to completion: prepare, train, evaluate, predict, promote, submit."""

@@ -1,0 +1,1 @@
+"""Samples: their schema, sources, shards, order, composition and stream."""

@@ -1,0 +1,297 @@
+"""The one typed configuration tree: a YAML recipe, dotted overrides on top, every unknown key an error.
+
+`load_settings("recipes/tiny.yaml", ["train.lr=1e-4"])` reads the recipe, lays the overrides over it, and validates the
+whole. This is also the only module that reads environment variables (`from_environment`).
+"""
+
+import difflib
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from pixellm.errors import ConfigError
+
+
+class _Section(BaseModel):
+    """A frozen part of the tree that accepts no unknown key."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class ModelSettings(_Section):
+    """Which network is trained: a preset with overrides of `PixelLMConfig` fields, or an existing model folder."""
+
+    preset: str = "tiny"
+    overrides: dict[str, Any] = Field(default_factory=dict)
+    init_from: str | None = Field(None, description="model folder or models:/ reference to start from")
+
+
+class SourceSettings(_Section):
+    """One source of the mixture: shards, the kind of question composed from them, and its weight."""
+
+    uri: str
+    group: Literal["segmentation", "vqa", "muse"]
+    weight: float = Field(1.0, gt=0)
+
+
+class DataSettings(_Section):
+    """What is streamed into the workers."""
+
+    sources: tuple[SourceSettings, ...] = ()
+    mask_size: int = Field(112, ge=8, description="side of the square canvas that training masks live on, in pixels")
+    max_targets: int = Field(3, ge=1, description="targets of one composed question, at most")
+    max_questions: int = Field(1, ge=1, description="question turns composed for one sample, at most")
+    min_target_share: float = Field(0.0, ge=0, lt=1, description="targets below this share of the picture are left out")
+    block_size: int = Field(16, ge=1, description="samples one reading task prepares")
+    task_cpus: float = Field(0.5, gt=0, description="logical CPUs of one reading task")
+
+
+class LoraSettings(_Section):
+    """Low-rank adaptation of the language model (peft). Off when `enabled` is false."""
+
+    enabled: bool = False
+    r: int = Field(8, ge=1)
+    alpha: int = Field(16, ge=1)
+    dropout: float = Field(0.05, ge=0, lt=1)
+    target_modules: tuple[str, ...] = ("q_proj", "v_proj")
+
+
+class TrainSettings(_Section):
+    """The training job. Defaults are the released hyper-parameters where the recipe says nothing."""
+
+    output_dir: str = "runs"
+    num_workers: int = Field(2, ge=1)
+    use_gpu: bool = False
+    threads_per_worker: int = Field(1, ge=1)
+    steps: int = Field(5000, ge=1)
+    micro_batch_size: int = Field(2, ge=1, description="questions per worker and forward pass")
+    grad_accumulation: int = Field(10, ge=1)
+    lr: float = Field(3e-4, gt=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = Field(0.0, ge=0)
+    warmup_steps: int = Field(100, ge=0)
+    clip_norm: float = Field(1.0, gt=0)
+    precision: Literal["fp32", "bf16"] = "bf16"
+    zero_stage: int = Field(2, ge=0, le=3)
+    offload_optimizer: bool = False
+    gradient_checkpointing: bool = False
+    lora: LoraSettings = LoraSettings()
+    train_vision: bool = Field(False, description="train the CLIP tower too (from-scratch recipes)")
+    train_language: bool = Field(False, description="train all language model weights (from-scratch recipes)")
+    checkpoint_every: int = Field(500, ge=1, description="optimiser steps between checkpoints")
+    keep_last: int = Field(2, ge=1)
+    log_every: int = Field(10, ge=1)
+    max_failures: int = Field(2, ge=0, description="restarts of the worker group after a fault")
+
+    @property
+    def global_batch_size(self) -> int:
+        """Questions per optimiser step over all workers."""
+        return self.num_workers * self.micro_batch_size * self.grad_accumulation
+
+
+class EvaluateSettings(_Section):
+    """The evaluation that gates promotion after training."""
+
+    uri: str | None = Field(None, description="shards evaluated after training; None: the first source")
+    limit: int | None = Field(None, ge=1)
+    batch_size: int = Field(8, ge=1)
+
+
+class TrackingSettings(_Section):
+    """Where MLflow keeps runs. `uri` None: a SQLite file beside the artifacts under `root`."""
+
+    uri: str | None = None
+    root: str = "runs/mlflow"
+    experiment: str = "pixellm"
+
+
+class RegistrySettings(_Section):
+    """How a finished model enters the registry, and what `champion` asks of it."""
+
+    model_name: str = "pixellm"
+    register_final: bool = True
+    promote: bool = True
+    gate_metric: str = "giou"
+    gate_floor: float = Field(0.0, ge=0, le=1)
+    gate_max_regression: float = Field(0.02, ge=0, description="how far below the champion's metric is still accepted")
+
+
+class ServeSettings(_Section):
+    """The Ray Serve application."""
+
+    host: str = "127.0.0.1"
+    port: int = Field(8000, ge=1, le=65535)
+    min_replicas: int = Field(1, ge=0)
+    max_replicas: int = Field(2, ge=1)
+    target_ongoing_requests: float = Field(4, gt=0)
+    max_ongoing_requests: int = Field(16, ge=1)
+    max_queued_requests: int = Field(64, ge=1)
+    upscale_delay_s: float = Field(10, ge=0)
+    downscale_delay_s: float = Field(120, ge=0)
+    replica_gpus: float = Field(0, ge=0)
+    replica_cpus: float = Field(1, ge=0)
+    threads_per_replica: int = Field(1, ge=1)
+    max_batch_size: int = Field(8, ge=1)
+    max_new_tokens: int = Field(256, ge=1, description="the most a request may ask for")
+    max_body_bytes: int = Field(32 * 2**20, ge=1024)
+    max_image_pixels: int = Field(50_000_000, ge=1)
+    request_timeout_s: float = Field(60, gt=0)
+
+
+class ClusterSettings(_Section):
+    """How this process reaches Ray. `address` None: start a local cluster that ends with the process."""
+
+    address: str | None = None
+    num_cpus: int | None = Field(None, ge=1, description="logical CPUs of a local cluster; None: what the machine has")
+
+
+class Settings(_Section):
+    """The whole tree, as a recipe gives it."""
+
+    name: str = Field("pixellm", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    seed: int = Field(0, ge=0)
+    model: ModelSettings = ModelSettings()
+    data: DataSettings = DataSettings()
+    train: TrainSettings = TrainSettings()
+    evaluate: EvaluateSettings = EvaluateSettings()
+    tracking: TrackingSettings = TrackingSettings()
+    registry: RegistrySettings = RegistrySettings()
+    serve: ServeSettings = ServeSettings()
+    cluster: ClusterSettings = ClusterSettings()
+
+    @model_validator(mode="after")
+    def _replicas_are_ordered(self) -> "Settings":
+        if self.serve.min_replicas > self.serve.max_replicas:
+            raise ValueError("serve.min_replicas is above serve.max_replicas")
+        return self
+
+    def to_yaml(self) -> str:
+        """The resolved tree as YAML, loadable by `load_settings`."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+    def flat(self) -> dict[str, str]:
+        """Every leaf as `a.b.c → text`, for a run's parameters."""
+        return dict(_flatten(self.model_dump(mode="json")))
+
+
+def load_settings(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Settings:
+    """Reads a recipe and lays overrides over it.
+
+    Args:
+        path: YAML file; None means all defaults.
+        overrides: `a.b=value` (a leading `--` is allowed); the value is read as YAML, so `1e-4`, `[a, b]` and `true` work.
+
+    Returns:
+        The validated, frozen tree.
+
+    Raises:
+        ConfigError: the file is absent or not a YAML mapping, a key is unknown (the nearest known key is named), or a
+            value has the wrong type or range.
+    """
+    tree = _read_yaml(Path(path)) if path is not None else {}
+    where = str(path) if path is not None else "the settings"
+    for override in overrides:
+        _lay_over(tree, override)
+    try:
+        return Settings.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(_explain(error, where)) from None
+
+
+def from_environment() -> dict[str, str]:
+    """The environment variables that pixellm honours, those that are set.
+
+    `MLFLOW_TRACKING_URI` and `RAY_ADDRESS` stand in for `tracking.uri` and `cluster.address` where the recipe leaves
+    them empty; `PIXELLM_LOG_LEVEL` sets the log level.
+    """
+    names = ("MLFLOW_TRACKING_URI", "RAY_ADDRESS", "PIXELLM_LOG_LEVEL")
+    return {name: os.environ[name] for name in names if os.environ.get(name)}
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(
+            f"cannot read the recipe {path}: {error.strerror}; give --config an existing YAML file"
+        ) from None
+    try:
+        tree = yaml.load(text, Loader=_Yaml12FloatLoader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise ConfigError(
+            f"{path} holds a {type(tree).__name__}, wanted a mapping of sections (model:, data:, train:, …)"
+        )
+    return tree
+
+
+def _lay_over(tree: dict[str, Any], override: str) -> None:
+    key, separator, text = override.removeprefix("--").partition("=")
+    if not separator or not key:
+        raise ConfigError(f"override {override!r} is not of the form --section.key=value, e.g. --train.lr=1e-4")
+    *sections, leaf = key.split(".")
+    node: Any = tree
+    for section in sections:
+        node = node.setdefault(section, {})
+        if not isinstance(node, dict):
+            raise ConfigError(f"override {override!r}: {section!r} is a value, not a section")
+    try:
+        node[leaf] = yaml.load(text, Loader=_Yaml12FloatLoader)
+    except yaml.YAMLError:
+        raise ConfigError(f"override {override!r}: {text!r} is not a YAML value") from None
+
+
+def _explain(error: ValidationError, where: str) -> str:
+    return "; ".join(_explain_one(dict(problem), where) for problem in error.errors())
+
+
+def _explain_one(problem: dict[str, Any], where: str) -> str:
+    location = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] != "extra_forbidden":
+        return f"{where}: {location or 'settings'}: {problem['msg']} (got {problem['input']!r})"[:500]
+    known = sorted(_known_keys(Settings))
+    wanted = ".".join(part for part in location.split(".") if not part.isdigit())
+    siblings = [key for key in known if key.rpartition(".")[0] == wanted.rpartition(".")[0]]
+    near = difflib.get_close_matches(wanted, siblings, 1, 0.5) or difflib.get_close_matches(wanted, known, 1, 0.3)
+    hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(siblings)}"
+    return f"{where}: unknown key {location!r}; {hint}"
+
+
+def _known_keys(section: type[BaseModel], prefix: str = "") -> set[str]:
+    keys: set[str] = set()
+    for name, field in section.model_fields.items():
+        keys.add(prefix + name)
+        for kind in (field.annotation, *getattr(field.annotation, "__args__", ())):
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                keys |= _known_keys(kind, f"{prefix}{name}.")
+    return keys
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    leaves: list[tuple[str, str]] = []
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            leaves += _flatten(value, f"{prefix}{key}.")
+        else:
+            leaves.append((prefix + key, str(value)))
+    return leaves
+
+
+class _Yaml12FloatLoader(yaml.SafeLoader):
+    """PyYAML follows YAML 1.1, where `1e-4` is text; recipes write it as a number."""
+
+
+_Yaml12FloatLoader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+_Yaml12FloatLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)
