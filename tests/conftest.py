@@ -1,0 +1,37 @@
+"""What the whole suite shares: one local Ray cluster, single-threaded torch, and no reach outside the machine."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+os.environ.setdefault("RAY_DEDUP_LOGS", "0")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.pop("MLFLOW_TRACKING_URI", None)
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def golden_dir() -> Path:
+    """The folder of golden numbers (its README says what each file fixes)."""
+    return Path(__file__).parent / "golden"
+
+
+@pytest.fixture(scope="session")
+def demo_data() -> Path:
+    """The demo photographs with their genuine COCO masks, captions and MUSE questions."""
+    return REPOSITORY / "platform" / "data" / "demo"
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[str]:
+    """The suite's one local Ray cluster (4 logical CPUs); yields its address."""
+    import ray
+
+    context = ray.init(num_cpus=4, include_dashboard=True, dashboard_port=0, log_to_driver=False, configure_logging=False)
+    yield context.address_info["address"]
+    ray.shutdown()
