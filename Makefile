@@ -1,0 +1,65 @@
+# Two commands on a fresh machine: `make demo` and `make test`. Both do all the set-up, into .venv.
+#
+# TORCH_INDEX_URL  where torch comes from, e.g. PyTorch's CPU wheel index on a machine without a GPU.
+# PYTHON           the interpreter that makes .venv (3.11 or 3.12).
+
+PYTHON ?= python3.11
+TORCH_INDEX_URL ?=
+VENV := .venv
+BIN := $(VENV)/bin
+SETUP := $(VENV)/.setup-done
+SETUP_DEV := $(VENV)/.setup-dev-done
+SOURCES := model platform jobs serve pixellm
+
+.PHONY: demo test check format lint types setup setup-dev browser wheel clean
+
+demo: $(SETUP)
+	$(BIN)/pixellm demo $(ARGS)
+
+test: $(SETUP_DEV) browser
+	$(BIN)/python -m coverage erase
+	$(BIN)/python -m coverage run -m pytest $(ARGS)
+	$(BIN)/python -m coverage combine --quiet
+	$(BIN)/python -m coverage report --fail-under=85 --skip-covered
+
+check: $(SETUP_DEV) lint types test
+
+format: $(SETUP_DEV)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+lint: $(SETUP_DEV)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/python -m pytest -q tests/test_layers.py
+
+types: $(SETUP_DEV)
+	$(BIN)/mypy -p pixellm
+
+setup: $(SETUP)
+setup-dev: $(SETUP_DEV)
+
+$(SETUP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip "setuptools>=77" wheel
+	TORCH_INDEX_URL="$(TORCH_INDEX_URL)" $(BIN)/python tools/install_torch.py
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable . --no-build-isolation
+	$(BIN)/python -m pixellm.jobs.train.warm_up
+	touch $@
+
+$(SETUP_DEV): $(SETUP)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]" --no-build-isolation
+	touch $@
+
+# The page is tested in a real browser. Debian and Ubuntu: installed here when we may; elsewhere the test says what is missing.
+browser:
+	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null \
+	|| { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null \
+	&& apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core >/dev/null; } \
+	|| echo "no Chromium found and no right to install one: tests/serve/test_page.py will fail; install the package 'chromium'"
+
+wheel: $(SETUP_DEV)
+	$(BIN)/python -m build --wheel --no-isolation
+
+clean:
+	rm -rf build dist *.egg-info demo runs .coverage* htmlcov

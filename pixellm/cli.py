@@ -1,0 +1,286 @@
+"""The command line: `pixellm COMMAND`. Each command calls one function of jobs, serve or the demo and prints its result.
+
+Exit codes: 0 done, 1 failed, 2 wrong usage or configuration, 130 interrupted. Anything that a user or a file can cause
+ends in one line on standard error, never in a traceback. Slow imports happen inside the commands, so `--help` is quick.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from pixellm import __version__
+from pixellm.errors import ConfigError, PixelLMError
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__.split("\n")[0]
+)
+data_app = typer.Typer(no_args_is_help=True, help="Prepare datasets as shards, and look at them.")
+models_app = typer.Typer(no_args_is_help=True, help="The model registry: list, show, promote, rollback.")
+jobs_app = typer.Typer(no_args_is_help=True, help="Jobs on a cluster: list, status, logs, stop.")
+convert_app = typer.Typer(no_args_is_help=True, help="Turn other checkpoints into pixellm model folders.")
+app.add_typer(data_app, name="data")
+app.add_typer(models_app, name="models")
+app.add_typer(jobs_app, name="jobs")
+app.add_typer(convert_app, name="convert")
+
+_OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+Config = Annotated[Path | None, typer.Option("--config", help="YAML recipe; dotted overrides follow: --train.lr=1e-4")]
+AsJson = Annotated[bool, typer.Option("--json", help="one JSON object on standard output, for programs")]
+ModelRef = Annotated[str, typer.Option("--model", help="a folder, models:/NAME@alias or models:/NAME/VERSION")]
+Address = Annotated[str, typer.Option("--address", help="the cluster's dashboard, e.g. http://127.0.0.1:8265")]
+
+
+def main() -> None:
+    """Entry point of the `pixellm` script: runs a command and turns our errors into one line and an exit code."""
+    from pixellm.platform.observability import configure_logging
+
+    configure_logging()
+    try:
+        app()
+    except PixelLMError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        typer.echo("interrupted", err=True)
+        sys.exit(130)
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="print the version")] = False) -> None:
+    if version:
+        typer.echo(f"pixellm {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("--out", help="the folder everything is written to")] = Path("demo"),
+    port: Annotated[int, typer.Option("--port", help="where the service listens")] = 8000,
+    steps: Annotated[int | None, typer.Option("--steps", help="training steps; the recipe's when not given")] = None,
+    keep: Annotated[bool, typer.Option("--keep", help="leave the service up and print how to query it")] = False,
+) -> None:
+    """Real photographs → shards → training on 2 workers → registry → serving → pictures, on this machine."""
+    from pixellm.demo import run_demo
+
+    run_demo(out, port=port, steps=steps, keep=keep)
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """Checks this machine: versions, devices, Ray, MLflow, compiler, disk; says what to do."""
+    from pixellm.jobs.doctor import diagnose
+
+    report = diagnose()
+    _print(report.to_json_dict(), report.to_text(), as_json)
+    raise typer.Exit(0 if report.is_healthy else 1)
+
+
+@data_app.command("prepare")
+def data_prepare(
+    source: Annotated[str, typer.Argument(help="coco, muse, …")],
+    input_dir: Annotated[Path, typer.Option("--in", help="the dataset's folder, laid out as its publisher does")],
+    out: Annotated[str, typer.Option("--out", help="where the shards go (folder or URI)")],
+    strict: Annotated[
+        bool, typer.Option("--strict", help="stop at the first bad record instead of skipping it")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Public dataset → Parquet shards, with counts of what was kept and skipped."""
+    from pixellm.jobs.prepare import prepare
+
+    report = prepare(source, input_dir, out, strict=strict)
+    _print(report.to_json_dict(), report.to_text(), as_json)
+
+
+@data_app.command("stats")
+def data_stats(uri: str, as_json: AsJson = False) -> None:
+    """Counts per source, targets per question, mask areas, text lengths, licences."""
+    from pixellm.jobs.prepare import stats
+
+    report = stats(uri)
+    _print(report.to_json_dict(), report.to_text(), as_json)
+
+
+@data_app.command("show")
+def data_show(
+    uri: str,
+    out: Annotated[Path, typer.Option("--out", help="PNG to write")] = Path("contact_sheet.png"),
+    count: Annotated[int, typer.Option("--count", min=1, help="samples drawn")] = 12,
+) -> None:
+    """A contact sheet: samples with their masks, questions and answers."""
+    from pixellm.jobs.prepare import show
+
+    typer.echo(str(show(uri, out, n=count)))
+
+
+@app.command(context_settings=_OVERRIDES)
+def train(
+    context: typer.Context,
+    config: Config = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="start anew instead of resuming the run of this name")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Trains as a recipe says. Ctrl-C leaves a checkpoint; the same command goes on from it."""
+    from pixellm.jobs.train.run import train as run_training
+
+    result = run_training(_settings(config, context), fresh=fresh)
+    _print(result.to_json_dict(), result.to_text(), as_json)
+    if result.interrupted:
+        raise typer.Exit(130)
+
+
+@app.command()
+def evaluate(
+    model: ModelRef,
+    data: Annotated[str, typer.Option("--data", help="shards")],
+    out: Annotated[Path, typer.Option("--out", help="folder for metrics.json, samples.parquet and pictures")],
+    suite: Annotated[str, typer.Option("--suite", help="segmentation or muse")] = "segmentation",
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="samples at most")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """gIoU and cIoU of generated answers, per sample and over all."""
+    from pixellm.jobs.evaluate.run import evaluate as run_evaluation
+
+    result = run_evaluation(model, data, out, suite=suite, limit=limit)
+    _print(result.to_json_dict(), result.to_text(), as_json)
+
+
+@app.command()
+def predict(
+    images_and_question: Annotated[list[str], typer.Argument(metavar="IMAGE… QUESTION")],
+    model: ModelRef,
+    out: Annotated[Path, typer.Option("--out", help="folder for overlays and RLE JSON")] = Path("predictions"),
+    as_json: AsJson = False,
+) -> None:
+    """Answers one question about each picture: an overlay PNG and a JSON with words and RLE masks."""
+    from pixellm.jobs.predict import predict as run_prediction
+
+    if len(images_and_question) < 2:
+        raise ConfigError('got no question; wanted pixellm predict IMAGE… "QUESTION" --model REF')
+    *images, question = images_and_question
+    result = run_prediction([Path(image) for image in images], question, model, out)
+    _print(result.to_json_dict(), result.to_text(), as_json)
+
+
+@models_app.command("list")
+def models_list(name: Annotated[str, typer.Option("--name")] = "pixellm", as_json: AsJson = False) -> None:
+    """The registered versions with their aliases and metrics."""
+    from pixellm.jobs import models
+
+    report = models.list_versions(name)
+    _print(report.to_json_dict(), report.to_text(), as_json)
+
+
+@models_app.command("show")
+def models_show(reference: str, as_json: AsJson = False) -> None:
+    """One version: aliases, metrics, run, where its files are."""
+    from pixellm.jobs import models
+
+    report = models.show_version(reference)
+    _print(report.to_json_dict(), report.to_text(), as_json)
+
+
+@models_app.command("promote")
+def models_promote(
+    reference: Annotated[str, typer.Argument(help="models:/NAME@candidate or models:/NAME/VERSION")],
+    metric: Annotated[str, typer.Option("--metric")] = "giou",
+    floor: Annotated[float, typer.Option("--floor", min=0, max=1)] = 0.0,
+    max_regression: Annotated[float, typer.Option("--max-regression", min=0)] = 0.02,
+    as_json: AsJson = False,
+) -> None:
+    """Moves `champion` to a version if it passes the gate, or says why not (exit 1)."""
+    from pixellm.jobs import models
+
+    report = models.promote(reference, metric=metric, floor=floor, max_regression=max_regression)
+    _print(report.to_json_dict(), report.to_text(), as_json)
+    raise typer.Exit(0 if report.passed else 1)
+
+
+@models_app.command("rollback")
+def models_rollback(name: Annotated[str, typer.Option("--name")] = "pixellm", as_json: AsJson = False) -> None:
+    """Gives `champion` back to the version that held it before."""
+    from pixellm.jobs import models
+
+    report = models.rollback(name)
+    _print(report.to_json_dict(), report.to_text(), as_json)
+
+
+@app.command(context_settings=_OVERRIDES)
+def serve(
+    context: typer.Context,
+    model: ModelRef = "models:/pixellm@champion",
+    host: Annotated[str | None, typer.Option("--host")] = None,
+    port: Annotated[int | None, typer.Option("--port")] = None,
+    config: Config = None,
+) -> None:
+    """The HTTP API and the page, on autoscaled engine replicas. Ctrl-C stops it."""
+    from pixellm.serve.app import serve_forever
+
+    serve_forever(_settings(config, context), model, host=host, port=port)
+
+
+@app.command(context_settings=_OVERRIDES | {"allow_interspersed_args": False})
+def submit(
+    context: typer.Context,
+    address: Annotated[str | None, typer.Option("--address")] = None,
+) -> None:
+    """Runs a pixellm command on a cluster: pixellm submit train --config X --address URL [--wait]."""
+    from pixellm.jobs.submit import submit_from_command_line
+
+    raise typer.Exit(submit_from_command_line(context.args, address=address))
+
+
+@jobs_app.command("list")
+def jobs_list(address: Address, as_json: AsJson = False) -> None:
+    """The cluster's jobs and their states."""
+    from pixellm.jobs import submit as submission
+
+    report = submission.list_jobs(address)
+    _print(report.to_json_dict(), report.to_text(), as_json)
+
+
+@jobs_app.command("status")
+def jobs_status(job_id: str, address: Address) -> None:
+    """A job's state."""
+    from pixellm.jobs import submit as submission
+
+    typer.echo(submission.job_status(job_id, address))
+
+
+@jobs_app.command("logs")
+def jobs_logs(
+    job_id: str, address: Address, follow: Annotated[bool, typer.Option("--follow", "-f", help="until it ends")] = False
+) -> None:
+    """What a job printed."""
+    from pixellm.jobs import submit as submission
+
+    submission.print_logs(job_id, address, follow=follow)
+
+
+@jobs_app.command("stop")
+def jobs_stop(job_id: str, address: Address) -> None:
+    """Asks a job to stop; training leaves a checkpoint."""
+    from pixellm.jobs import submit as submission
+
+    typer.echo(submission.stop_job(job_id, address))
+
+
+def _settings(config: Path | None, context: typer.Context) -> Any:
+    from pixellm.platform.settings import load_settings
+
+    strange = [word for word in context.args if not (word.startswith("--") and "." in word and "=" in word)]
+    if strange:
+        raise ConfigError(f"unknown argument {strange[0]!r}; overrides are written --section.key=value (no space)")
+    return load_settings(config, context.args)
+
+
+def _print(as_dict: dict[str, Any], as_text: str, as_json: bool) -> None:
+    typer.echo(json.dumps(as_dict) if as_json else as_text)
+
+
+if __name__ == "__main__":
+    main()
