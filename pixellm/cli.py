@@ -1,4 +1,4 @@
-"""The command line: `pixellm COMMAND`. Each command calls one function of jobs, serve or the demo and prints its result.
+"""The command line: `pixellm COMMAND`. Each calls one function of jobs, serve or the demo and prints its result.
 
 Exit codes: 0 done, 1 failed, 2 wrong usage or configuration, 130 interrupted. Anything that a user or a file can cause
 ends in one line on standard error, never in a traceback. Slow imports happen inside the commands, so `--help` is quick.
