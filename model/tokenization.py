@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 TINY_TOKENIZER_DIR = Path(__file__).parent / "assets" / "tiny_tokenizer"
 IM_START = "<im_start>"
 IM_END = "<im_end>"
-IMAGE_TOKEN_ID = -200
-"""Stands for one picture position in `input_ids`. Negative, so no text of any tokenizer can produce it."""
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ ASSETS_DIR = Path(__file__).parent
 DEMO_DIR = ASSETS_DIR.parents[1] / "platform" / "data" / "demo"
 VOCAB_SIZE = 1000
 
-COCO_CATEGORIES = (
+COCO_CATEGORY_LIST = (
     "person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant, stop sign, "
     "parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant, bear, zebra, giraffe, backpack, umbrella, "
     "handbag, tie, suitcase, frisbee, skis, snowboard, sports ball, kite, baseball bat, baseball glove, skateboard, "
@@ -23,7 +23,7 @@ COCO_CATEGORIES = (
     "broccoli, carrot, hot dog, pizza, donut, cake, chair, couch, potted plant, bed, dining table, toilet, tv, "
     "laptop, mouse, remote, keyboard, cell phone, microwave, oven, toaster, sink, refrigerator, book, clock, vase, "
     "scissors, teddy bear, hair drier, toothbrush"
-).split(", ")
+)
 
 SYSTEM = (
     "A chat between a curious human and an artificial intelligence assistant. "
@@ -56,8 +56,9 @@ ANSWERS = (
 def training_text() -> list[str]:
     """All lines the tokenizer learns from."""
     lines = [SYSTEM, "USER: ASSISTANT:"] * 20
-    for index, name in enumerate(COCO_CATEGORIES):
-        other = COCO_CATEGORIES[(index + 7) % len(COCO_CATEGORIES)]
+    names = COCO_CATEGORY_LIST.split(", ")
+    for index, name in enumerate(names):
+        other = names[(index + 7) % len(names)]
         for template in (*QUESTIONS, *ANSWERS):
             lines.append(template.replace("{seg}", "").replace("{}", name, 1).replace("{}", other))
         lines.extend([f"The {name}.", f"{name} {name}s", f"a {name}, {other} and {name}"] * 4)
