@@ -19,81 +19,13 @@ _FILLER_START = re.compile(
     r"^(?:sure|yes|ok|okay|of course|certainly|and|or|but|then|so|also|here)\b[\s,]*", re.IGNORECASE
 )
 _COPULA_END = re.compile(r"[\s,]*\b(?:is|are|was|were|here|located|at|in|as|by)$", re.IGNORECASE)
-_DETERMINERS = frozenset(
-    [
-        "the",
-        "a",
-        "an",
-        "this",
-        "that",
-        "these",
-        "those",
-        "his",
-        "her",
-        "its",
-        "their",
-        "my",
-        "your",
-        "our",
-        "some",
-        "one",
-        "two",
-        "three",
-        "four",
-        "five",
-        "six",
-        "both",
-        "each",
-        "every",
-        "another",
-    ]
+_DETERMINER = re.compile(
+    "the|an?|this|that|these|those|his|her|its|their|my|your|our|some|one|two|three|four|five|six|both|each|every|another"
 )
-_ATTACHING = frozenset(["of", "with", "in", "wearing"])
-_AUXILIARIES = frozenset(
-    [
-        "is",
-        "are",
-        "was",
-        "were",
-        "be",
-        "been",
-        "being",
-        "has",
-        "have",
-        "had",
-        "can",
-        "could",
-        "will",
-        "would",
-        "should",
-        "may",
-        "might",
-        "do",
-        "does",
-    ]
-)
-_EMPTY_PHRASES = frozenset(
-    [
-        "",
-        "it",
-        "they",
-        "this",
-        "that",
-        "these",
-        "those",
-        "the segmentation result",
-        "the segmentation results",
-        "the segmentation mask",
-        "segmentation result",
-        "the result",
-        "the mask",
-        "the answer",
-        "the target",
-        "the region",
-        "one",
-        "here",
-        "them",
-    ]
+_ATTACHING = re.compile("of|with|in|wearing")
+_AUXILIARY = re.compile("is|are|was|were|be|been|being|has|have|had|can|could|will|would|should|may|might|do|does")
+_NAMES_NOTHING = re.compile(
+    "|it|they|them|this|that|these|those|one|here|(?:the )?(?:segmentation )?(?:results?|masks?|answer|target|region)"
 )
 _QUESTION_START = re.compile(
     r"^(?:(?:please|now|can|could|would|will|you|help me to|help me|i want you to|i would like to|kindly)\s+)*"
@@ -239,19 +171,19 @@ def _clean(phrase: str) -> str:
     phrase = _strip_filler(phrase.strip(" ,\"'“”()"))
     phrase = _COPULA_END.sub("", phrase).strip(" ,\"'“”()")
     phrase = _noun_phrase(phrase.split())
-    return "" if phrase.lower() in _EMPTY_PHRASES else _shorten(phrase)
+    return "" if _NAMES_NOTHING.fullmatch(phrase.lower()) else _shorten(phrase)
 
 
 def _noun_phrase(words: list[str]) -> str:
     """From the first determiner that only attaching prepositions separate from the end."""
     lowered = [word.lower() for word in words]
-    starts = [i for i, word in enumerate(lowered) if word in _DETERMINERS]
+    starts = [i for i, word in enumerate(lowered) if _DETERMINER.fullmatch(word)]
     if not starts:
         return " ".join(words)
     start = starts.pop()
     while starts:
         between = lowered[starts[-1] + 1 : start]
-        if not between or between[-1] not in _ATTACHING or _AUXILIARIES & set(between[:-1]):
+        if not between or not _ATTACHING.fullmatch(between[-1]) or any(map(_AUXILIARY.fullmatch, between)):
             break
         start = starts.pop()
     return " ".join(words[start:])

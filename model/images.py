@@ -15,15 +15,25 @@ import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from pixellm.errors import DataError
 
 DEFAULT_MAX_IMAGE_PIXELS = 64_000_000
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "MPO", "PPM", "AVIF")
 # What Pillow's plugins raise on damaged files, besides OSError and its own UnidentifiedImageError (an OSError).
-_DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, OverflowError)
-_DECODE_ERRORS += (struct.error, zlib.error, Image.DecompressionBombError)
+_DECODE_ERRORS: tuple[type[Exception], ...] = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    LookupError,
+    TypeError,
+    OverflowError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
 
 
 @dataclass(frozen=True)
@@ -61,7 +71,7 @@ def open_rgb(image: Image.Image | bytes, *, max_pixels: int = DEFAULT_MAX_IMAGE_
             picture.load()
             upright = ImageOps.exif_transpose(picture)
         return _to_rgb(upright)
-    except Image.UnidentifiedImageError:
+    except UnidentifiedImageError:
         raise DataError(
             f"these {len(image) if isinstance(image, bytes) else '?'} bytes are not a picture that can be read; "
             f"send one of {', '.join(_FORMATS)}"
