@@ -93,7 +93,7 @@ def find_groups(input_ids: Tensor, codebook_token_ids: list[int]) -> tuple[Tenso
 
 
 def gather_groups(hidden_BLD: Tensor, rows: Tensor, positions: Tensor, size: int) -> Tensor:
-    """Collects each group's hidden states at the positions that PREDICT its tokens (reference.md, fact 7).
+    """Collects each group's hidden states at the positions that PREDICT its tokens (a shift of −1).
 
     Args:
         hidden_BLD: `[B, L, D]` after the final norm.

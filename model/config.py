@@ -1,8 +1,8 @@
 """Everything that shapes a PixelLM network, saved as the model folder's `config.json`.
 
-The options are the paper's (N tokens per scale, L scales, learned or constant fusion φ and γ, refinement weight α: Sec. 3)
-and the released implementation's (position table with CLS at the wrong end, projector widths). Token ids are stored here
-because assumed ids are how masks turn into noise with another tokenizer.
+The options are the paper's (Sec. 3: N tokens per scale, L scales, learned or constant fusion φ and γ, refinement
+weight α) and the released implementation's (position table with CLS at the wrong end, projector widths). Token ids are
+stored here because assumed ids are how masks turn into noise with another tokenizer.
 """
 
 from typing import Any
@@ -47,7 +47,7 @@ class PixelLMConfig(PreTrainedConfig):
         ref_loss_weight: λ_ref.
         dice_loss_weight: λ_dice.
         freeze_neck: keep the feature neck at its loaded values (as released) instead of training it.
-        position_resize: `"correct"`, or `"released"` for converted weights (reference.md, fact 5).
+        position_resize: `"correct"`, or `"released"` for converted weights (CLS taken from the wrong end).
         initializer_range: std that redraws both towers, or None for transformers' own initialisation.
         embedding_initializer_range: std that redraws token and position embeddings, or None.
         image_token_id: sentinel outside the vocabulary for one picture position.

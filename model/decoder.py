@@ -1,11 +1,13 @@
 """The pixel decoder D (paper Sec. 3.1, eq. 1): fused codebook embeddings + multi-scale features → mask logits.
 
 Scales are decoded from the deepest up. Scale 0 reads the g×g feature map; every later one a map upsampled to 2g×2g and
-multiplied by `σ(m) + 1` of the mask before it. The result is `Σ γ_ℓ m_ℓ` with `Σ γ = 1`. Layer for layer after SAM's mask decoder.
+multiplied by `σ(m) + 1` of the mask before it. The result is `Σ γ_ℓ m_ℓ` with `Σ γ = 1`. Layer for layer after SAM's
+mask decoder.
 """
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -67,7 +69,7 @@ class MLP(nn.Module):
     def __init__(self, in_size: int, hidden_size: int, out_size: int) -> None:
         super().__init__()
         sizes = [in_size, hidden_size, hidden_size, out_size]
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(sizes[:-1], sizes[1:], strict=True))
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(sizes))
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps `[…, in_size]` to `[…, out_size]`."""

@@ -1,7 +1,7 @@
 """Load integrity: a model folder is whole or refused.
 
-transformers only warns about weights that are missing or left over, and the commonest silent failure of grounding models
-is masks of noise from weights that were never loaded.
+transformers only warns about weights that are missing or left over, and the commonest silent failure of grounding
+models is masks of noise from weights that were never loaded.
 """
 
 from collections.abc import Callable

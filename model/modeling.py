@@ -1,7 +1,7 @@
 """PixelLM: CLIP + Llama + segmentation codebook + pixel decoder (paper Fig. 2), as a transformers model.
 
-`forward` trains: text and masks of a packed batch in one pass. The methods of the seam (`pixellm.model.backbone`) are the same steps one
-by one, which the engine drives with a key/value cache.
+`forward` trains: text and masks of a packed batch in one pass. The methods of the seam (`pixellm.model.backbone`) are
+the same steps one by one, which the engine drives with a key/value cache.
 """
 
 from dataclasses import dataclass
@@ -54,7 +54,7 @@ class PixelLMOutput(ModelOutput):
     losses: dict[str, Tensor] | None = None
     logits: Tensor | None = None
     mask_logits: Tensor | None = None
-    embeds_MGC: Tensor | None = None
+    embeds_MGC: Tensor | None = None  # noqa: N815
     target_rows: Tensor | None = None
 
 
@@ -353,7 +353,7 @@ class PixelLMForConditionalGeneration(PreTrainedModel):
 
 @torch.no_grad()
 def _redraw_towers(model: PixelLMForConditionalGeneration) -> None:
-    """Redraws towers and embeddings with the config's std, where it has one: what lets a small model learn in minutes."""
+    """Redraws towers and embeddings with the config's std, where it has one: small models learn far faster so."""
     std, embedding_std = model.config.initializer_range, model.config.embedding_initializer_range
     if model.lm_head.weight.is_meta:
         return

@@ -60,7 +60,7 @@ def mask_losses(mask_logits: Tensor, targets: MaskTargets, config: PixelLMConfig
 
 
 def to_original_size(mask_logits: Tensor, image_size: int, valid_hw: Tensor, original_hw: Tensor) -> Tensor:
-    """Bilinear to the canvas, crop to the real pixels, bilinear to the picture's own size (reference.md).
+    """Bilinear to the canvas, crop to the real pixels, bilinear to the picture's own size, as released.
 
     Args:
         mask_logits: `[M, h, h]` of one picture.

@@ -1,8 +1,8 @@
-"""The CLIP tower at another resolution than its own, with padding kept out of attention (reference.md, "Image path").
+"""The CLIP tower at another resolution than its own, with padding kept out of attention.
 
-Only hidden states are used, never the pooled output, so layers above the deepest feature do not run. The position table is
-resized by linear interpolation (paper Sec. 5.1); `"released"` repeats the released resize, which takes the last row
-for CLS (fact 5).
+Only hidden states are used, never the pooled output, so layers above the deepest feature do not run. The position
+table is resized by linear interpolation (paper Sec. 5.1); `"released"` repeats the released resize, which takes the
+last row for CLS.
 """
 
 import torch
