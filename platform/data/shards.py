@@ -1,0 +1,273 @@
+"""Shards: a folder with `dataset.json` and `part-*.parquet`, written once and read by row number.
+
+The same rows give byte-identical files, so the digest in `dataset.json` names the content. Row groups are small: a
+reader of one random row touches one row group, and keeps the last few of them.
+"""
+
+import hashlib
+import json
+from bisect import bisect_right
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pixellm.errors import DataError
+from pixellm.platform import storage
+from pixellm.platform.data.schema import SCHEMA, SCHEMA_VERSION, Row, row_from_dict, rows_to_table
+
+DATASET_FILE = "dataset.json"
+ROW_GROUP_ROWS = 8
+ROWS_PER_PART = 1024
+_CACHED_ROW_GROUPS = 32
+_TEXT_COLUMNS = ["image_id", "source", "height", "width", "license", "targets", "dialogues"]
+
+
+@dataclass(frozen=True, slots=True)
+class PartInfo:
+    """One Parquet file: its name, rows, bytes and SHA-256 (hex)."""
+
+    name: str
+    rows: int
+    num_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class DatasetInfo:
+    """What `dataset.json` says: counts, licences, the files with their digests, and one digest over all of them."""
+
+    name: str
+    version: str
+    schema_version: int
+    digest: str
+    counts: dict[str, int]
+    licenses: dict[str, int]
+    parts: tuple[PartInfo, ...]
+    notes: dict[str, Any] = field(default_factory=dict)
+
+    def to_json_dict(self) -> dict[str, Any]:
+        """The content of `dataset.json`."""
+        return asdict(self)
+
+
+def write_shards(
+    rows: Iterable[Row],
+    uri: str | Path,
+    *,
+    name: str,
+    version: str = "1",
+    notes: Mapping[str, Any] | None = None,
+    rows_per_part: int = ROWS_PER_PART,
+) -> DatasetInfo:
+    """Writes rows as shards in one atomic step, holding one row group of them in memory.
+
+    Args:
+        rows: consumed once, in the order they are stored in.
+        uri: the folder; an older dataset there is replaced, anything else is left alone.
+        name: of the dataset.
+        version: of the dataset, free text.
+        notes: further content for `dataset.json`; read when the rows are consumed, so it may be filled meanwhile.
+        rows_per_part: rows of one Parquet file.
+
+    Raises:
+        DataError: there is not a single row, or `uri` holds something that is no dataset.
+    """
+    counts: Counter[str] = Counter()
+    licenses: Counter[str] = Counter()
+    with storage.atomic_write_dir(uri, commit_file=DATASET_FILE) as folder:
+        parts = _write_parts(_counted(rows, counts, licenses), folder, rows_per_part)
+        if not parts:
+            raise DataError(f"nothing to write to {uri}: no row was kept; see the reasons in the report")
+        info = DatasetInfo(
+            name=name,
+            version=version,
+            schema_version=SCHEMA_VERSION,
+            digest=_digest_of(parts),
+            counts=dict(sorted(counts.items())),
+            licenses=dict(sorted(licenses.items())),
+            parts=tuple(parts),
+            notes=dict(notes or {}),
+        )
+        text = json.dumps(info.to_json_dict(), indent=1, ensure_ascii=False)
+        (folder / DATASET_FILE).write_text(text + "\n", encoding="utf-8")
+    return info
+
+
+def open_shards(uri: str | Path) -> "ShardedDataset":
+    """Opens shards for reading; only `dataset.json` is read now.
+
+    Raises:
+        DataError: there is no dataset, its description is damaged, or a newer version wrote it.
+    """
+    description = storage.join(uri, DATASET_FILE)
+    if not storage.exists(description):
+        raise DataError(f"there are no shards at {uri} (no {DATASET_FILE}); make them with `pixellm data prepare`")
+    content = storage.read_json(description)
+    try:
+        parts = tuple(PartInfo(**part) for part in content["parts"])
+        info = DatasetInfo(**{**content, "parts": parts})
+    except (TypeError, KeyError) as error:
+        raise DataError(f"{description} is no description of shards ({error}); prepare the data again") from None
+    if info.schema_version != SCHEMA_VERSION:
+        raise DataError(
+            f"{uri} has schema version {info.schema_version}, this pixellm reads {SCHEMA_VERSION}; prepare it again"
+        )
+    return ShardedDataset(str(uri), info)
+
+
+class ShardedDataset:
+    """Shards by row number. Picklable (files are opened where they are read) and cheap to copy.
+
+    Attributes:
+        uri: the folder.
+        info: the content of `dataset.json`.
+    """
+
+    def __init__(self, uri: str, info: DatasetInfo) -> None:
+        self.uri = uri
+        self.info = info
+        self._starts = [0]
+        for part in info.parts:
+            self._starts.append(self._starts[-1] + part.rows)
+        self._files: dict[int, pq.ParquetFile] = {}
+        self._groups: OrderedDict[tuple[int, int], pa.Table] = OrderedDict()
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (ShardedDataset, (self.uri, self.info))
+
+    @property
+    def digest(self) -> str:
+        """Digest of the content (hex)."""
+        return self.info.digest
+
+    def read_row(self, index: int) -> Row:
+        """The row at `index` (0 ≤ index < len).
+
+        Raises:
+            DataError: the index is out of range, or a part is missing or damaged.
+        """
+        if not 0 <= index < len(self):
+            raise DataError(f"{self.uri} has {len(self)} rows, asked for row {index}")
+        part = bisect_right(self._starts, index) - 1
+        group, offset = divmod(index - self._starts[part], ROW_GROUP_ROWS)
+        return row_from_dict(self._row_group(part, group).slice(offset, 1).to_pylist()[0])
+
+    def scan(self, *, with_images: bool = False) -> Iterator[Row]:
+        """All rows in order, one row group in memory; without pictures (`image` is empty) unless asked for."""
+        columns = SCHEMA.names if with_images else _TEXT_COLUMNS
+        for part in range(len(self.info.parts)):
+            file = self._file(part)
+            for group in range(file.num_row_groups):
+                for record in self._read(part, group, columns).to_pylist():
+                    yield row_from_dict(record)
+
+    def verify(self) -> None:
+        """Reads every part and compares it with its digest.
+
+        Raises:
+            DataError: a part is missing or differs; it is named.
+        """
+        for part in self.info.parts:
+            if hashlib.sha256(storage.read_bytes(storage.join(self.uri, part.name))).hexdigest() != part.sha256:
+                raise DataError(f"{self.uri}/{part.name} is not what {DATASET_FILE} describes; prepare the data again")
+
+    def _row_group(self, part: int, group: int) -> pa.Table:
+        table = self._groups.get((part, group))
+        if table is None:
+            table = self._groups[part, group] = self._read(part, group, SCHEMA.names)
+            if len(self._groups) > _CACHED_ROW_GROUPS:
+                self._groups.popitem(last=False)
+        self._groups.move_to_end((part, group))
+        return table
+
+    def _read(self, part: int, group: int, columns: list[str]) -> pa.Table:
+        try:
+            return self._file(part).read_row_group(group, columns=columns, use_threads=False)
+        except (OSError, pa.ArrowException) as error:
+            raise self._damaged(part, error) from None
+
+    def _file(self, part: int) -> pq.ParquetFile:
+        if part not in self._files:
+            filesystem, base = storage.open_filesystem(self.uri)
+            try:
+                source = filesystem.open_input_file(f"{base}/{self.info.parts[part].name}")
+                self._files[part] = pq.ParquetFile(source)
+            except (OSError, pa.ArrowException) as error:
+                raise self._damaged(part, error) from None
+        return self._files[part]
+
+    def _damaged(self, part: int, error: Exception) -> DataError:
+        return DataError(f"cannot read {self.uri}/{self.info.parts[part].name}: {error}; prepare the data again")
+
+
+def _counted(rows: Iterable[Row], counts: Counter[str], licenses: Counter[str]) -> Iterator[Row]:
+    for row in rows:
+        counts["rows"] += 1
+        counts["targets"] += sum(not target.is_ignore for target in row.targets)
+        counts["ignore_regions"] += sum(target.is_ignore for target in row.targets)
+        for dialogue in row.dialogues:
+            counts[f"{dialogue.kind}_dialogues"] += 1
+        licenses[row.license] += 1
+        yield row
+
+
+def _write_parts(rows: Iterator[Row], folder: Path, rows_per_part: int) -> list[PartInfo]:
+    parts: list[PartInfo] = []
+    writer: pq.ParquetWriter | None = None
+    path, written = folder, 0
+    for batch in _batches(rows, ROW_GROUP_ROWS):
+        if writer is None:
+            path, written = folder / f"part-{len(parts):05d}.parquet", 0
+            writer = _open_writer(path)
+        writer.write_table(rows_to_table(batch), row_group_size=ROW_GROUP_ROWS)
+        written += len(batch)
+        if written >= rows_per_part:
+            writer.close()
+            writer = None
+            parts.append(_describe(path, written))
+    if writer is not None:
+        writer.close()
+        parts.append(_describe(path, written))
+    return parts
+
+
+def _open_writer(path: Path) -> pq.ParquetWriter:
+    """Pictures are stored as they are (they are compressed already), everything else with zstd."""
+    compression = {name: "none" if name == "image" else "zstd" for name in _leaf_columns(SCHEMA)}
+    return pq.ParquetWriter(path, SCHEMA, compression=compression, use_dictionary=["source", "license"])
+
+
+def _leaf_columns(schema: pa.Schema) -> list[str]:
+    empty = pa.BufferOutputStream()
+    pq.write_table(schema.empty_table(), empty)
+    columns = pq.ParquetFile(pa.BufferReader(empty.getvalue())).schema
+    return [columns.column(index).path for index in range(len(columns))]
+
+
+def _batches(rows: Iterator[Row], size: int) -> Iterator[list[Row]]:
+    batch: list[Row] = []
+    for row in rows:
+        batch.append(row)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def _describe(path: Path, rows: int) -> PartInfo:
+    content = path.read_bytes()
+    return PartInfo(path.name, rows, len(content), hashlib.sha256(content).hexdigest())
+
+
+def _digest_of(parts: Iterable[PartInfo]) -> str:
+    lines = "".join(f"{part.name} {part.sha256}\n" for part in parts)
+    return hashlib.sha256(lines.encode()).hexdigest()

@@ -1,0 +1,219 @@
+"""What a source is, and the ledger in which a preparation writes down what it kept and what it left out, and why."""
+
+import io
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from pixellm.errors import DataError
+from pixellm.platform import storage
+from pixellm.platform.data.schema import Row
+from pixellm.platform.masks import (
+    BORDER_TOLERANCE_PX,
+    Box,
+    MaskFault,
+    MaskFaultKind,
+    Rle,
+    box_overshoot_px,
+    mask_box,
+    try_segmentation_to_rle,
+)
+
+#: Names listed per reason; beyond it only the count grows.
+MAX_LISTED_NAMES = 200
+
+Progress = Callable[[int, int | None], None]
+
+
+@dataclass(frozen=True, slots=True)
+class PrepareReport:
+    """What a preparation did.
+
+    Attributes:
+        source: name of the source.
+        uri: where the shards are.
+        digest: of the shards.
+        rows: pictures kept.
+        targets: targets kept (without ignore regions).
+        ignore_regions: crowd regions kept as ignore regions.
+        dialogues: kept dialogues by kind.
+        skipped: how many things were left out, by reason.
+        skipped_names: which ones, by reason, the first `MAX_LISTED_NAMES`.
+        licenses: pictures by licence.
+    """
+
+    source: str
+    uri: str
+    digest: str
+    rows: int
+    targets: int
+    ignore_regions: int
+    dialogues: dict[str, int]
+    skipped: dict[str, int] = field(default_factory=dict)
+    skipped_names: dict[str, list[str]] = field(default_factory=dict)
+    licenses: dict[str, int] = field(default_factory=dict)
+
+    def to_json_dict(self) -> dict[str, Any]:
+        """The report as plain JSON values."""
+        return asdict(self)
+
+
+class Ledger:
+    """Counts what a source leaves out. In strict mode the first fault ends the preparation instead.
+
+    Attributes:
+        total: how many pictures the source will look at, once it knows (for progress displays).
+    """
+
+    def __init__(self, *, strict: bool = False, progress: Progress | None = None) -> None:
+        self.strict = strict
+        self.total: int | None = None
+        self.counts: Counter[str] = Counter()
+        self.names: dict[str, list[str]] = {}
+        self._progress = progress
+        self._looked_at = 0
+
+    def skip(self, reason: str, name: str, detail: str = "") -> None:
+        """Writes down a fault in the data: counted and named, or, in strict mode, raised.
+
+        Raises:
+            DataError: in strict mode.
+        """
+        if self.strict:
+            explanation = f" ({detail})" if detail else ""
+            raise DataError(f"{name}: {reason}{explanation}; mend it, or prepare without --strict to skip it")
+        self.leave_out(reason, name)
+
+    def leave_out(self, reason: str, name: str) -> None:
+        """Writes down something that is no fault but has no place in the shards; never raises."""
+        self.counts[reason] += 1
+        names = self.names.setdefault(reason, [])
+        if len(names) < MAX_LISTED_NAMES:
+            names.append(name)
+
+    def looked_at_one(self) -> None:
+        """One more picture was considered, kept or not."""
+        self._looked_at += 1
+        if self._progress is not None:
+            self._progress(self._looked_at, self.total)
+
+
+class Source(Protocol):
+    """A public dataset in its published layout, read as rows."""
+
+    @property
+    def name(self) -> str:
+        """As on the command line."""
+        ...
+
+    @property
+    def layout(self) -> str:
+        """What is expected in the input folder, for help texts and errors."""
+        ...
+
+    def rows(self, input_uri: str, ledger: Ledger) -> Iterator[Row]:
+        """Yields the rows in a fixed order, streaming; what is left out goes to the ledger.
+
+        Raises:
+            DataError: a part of the layout is missing or not in its format; in strict mode, any fault.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """An encoded picture that is known to decode; sizes in pixels as displayed (EXIF orientation applied)."""
+
+    encoded: bytes
+    height: int
+    width: int
+
+
+def read_picture(uri: str, height: int | None, width: int | None, name: str, ledger: Ledger) -> Picture | None:
+    """Reads a picture and decodes it to the end; a fault goes to the ledger and gives None.
+
+    Args:
+        uri: of the file.
+        height: what the annotations say, pixels; None: not stated.
+        width: likewise.
+        name: how the ledger names it.
+        ledger: where faults go.
+    """
+    if not storage.exists(uri):
+        ledger.skip("picture is missing", name, f"no file {uri}")
+        return None
+    encoded = storage.read_bytes(uri)
+    try:
+        true_height, true_width = _decode_to_the_end(encoded)
+    except (OSError, UnidentifiedImageError, Image.DecompressionBombError, SyntaxError, ValueError) as error:
+        ledger.skip("picture does not decode", name, str(error))
+        return None
+    if (height or true_height, width or true_width) != (true_height, true_width):
+        detail = f"annotated as {height}×{width}, the picture is {true_height}×{true_width} as displayed"
+        ledger.skip("picture has another size than its annotation says", name, detail)
+        return None
+    return Picture(encoded, true_height, true_width)
+
+
+def _decode_to_the_end(encoded: bytes) -> tuple[int, int]:
+    """Decodes at the coarsest scale (cheap, yet every byte is read) and returns the displayed (height, width)."""
+    with Image.open(io.BytesIO(encoded)) as picture:
+        width, height = picture.size
+        turned = picture.getexif().get(0x0112, 1) >= 5
+        picture.draft("L", (max(1, width // 8), max(1, height // 8)))
+        picture.load()
+    return (width, height) if turned else (height, width)
+
+
+def read_mask(annotation: dict[str, Any], picture: Picture, name: str, ledger: Ledger) -> tuple[Rle, Box] | None:
+    """An annotation's mask and its box (x0, y0, x1, y1); a fault goes to the ledger and gives None."""
+    rle = try_segmentation_to_rle(annotation.get("segmentation"), picture.height, picture.width)
+    if isinstance(rle, MaskFault):
+        ledger.skip(rle.kind.value, name, rle.detail)
+        return None
+    box = annotation.get("bbox")
+    if box is None:
+        return rle, mask_box(rle) or (0.0, 0.0, 0.0, 0.0)
+    try:
+        x, y, box_width, box_height = (float(value) for value in box)
+    except (TypeError, ValueError):
+        ledger.skip("box is not [x, y, width, height]", name, str(box))
+        return None
+    corners = _as_float32((x, y, x + box_width, y + box_height))
+    if box_overshoot_px(corners, picture.height, picture.width) > BORDER_TOLERANCE_PX:
+        ledger.skip(MaskFaultKind.OUTSIDE.value, name, f"its box {list(box)} leaves the picture")
+        return None
+    return rle, corners
+
+
+def read_json_object(uri: str, wanted_keys: tuple[str, ...]) -> dict[str, Any]:
+    """A JSON file that must hold an object with lists under the wanted keys.
+
+    Raises:
+        DataError: it is absent, not JSON, or of another form.
+    """
+    content = storage.read_json(uri)
+    if not isinstance(content, dict):
+        raise DataError(f"{uri} holds a JSON {type(content).__name__}, wanted an object with {', '.join(wanted_keys)}")
+    missing = [key for key in wanted_keys if not isinstance(content.get(key), list)]
+    if missing:
+        raise DataError(f"{uri} has no list {', '.join(map(repr, missing))}; is it the right annotation file?")
+    return content
+
+
+def license_names(licenses: object) -> dict[Any, str]:
+    """COCO's `licenses` list as id → "name url"."""
+    if not isinstance(licenses, list):
+        return {}
+    entries = [entry for entry in licenses if isinstance(entry, dict)]
+    return {entry.get("id"): f"{entry.get('name', '')} {entry.get('url', '')}".strip() for entry in entries}
+
+
+def _as_float32(box: Box) -> Box:
+    """The nearest values that the shards can hold, so that a row equals itself after storing."""
+    x0, y0, x1, y1 = (float(np.float32(value)) for value in box)
+    return (x0, y0, x1, y1)
