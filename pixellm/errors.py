@@ -51,16 +51,23 @@ class ServingError(PixelLMError):
 
 
 class BadRequestError(ServingError):
-    """The request is malformed or asks for something out of range (HTTP 400 unless given)."""
+    """The request is malformed or asks for something out of range (HTTP 400 unless given).
+
+    `param` names the field of the request that is at fault, `code` is a short machine-readable reason.
+    """
 
     status_code = 400
 
-    def __init__(self, message: str, *, status_code: int = 400) -> None:
+    def __init__(
+        self, message: str, *, status_code: int = 400, param: str | None = None, code: str | None = None
+    ) -> None:
         super().__init__(message)
         self.status_code = status_code
+        self.param = param
+        self.code = code
 
     def __reduce__(self) -> tuple[object, ...]:
-        return (_rebuild_bad_request, (str(self), self.status_code))
+        return (_rebuild_bad_request, (str(self), self.status_code, self.param, self.code))
 
 
 class AuthenticationError(ServingError):
@@ -88,8 +95,14 @@ class RequestTimeoutError(ServingError):
     status_code = 504
 
 
-def _rebuild_bad_request(message: str, status_code: int) -> BadRequestError:
-    return BadRequestError(message, status_code=status_code)
+class RequestCancelledError(ServingError):
+    """The caller gave the request up; there is no answer (HTTP 499, as nginx says it)."""
+
+    status_code = 499
+
+
+def _rebuild_bad_request(message: str, status_code: int, param: str | None, code: str | None) -> BadRequestError:
+    return BadRequestError(message, status_code=status_code, param=param, code=code)
 
 
 def _rebuild_overloaded(message: str, retry_after_s: float) -> OverloadedError:
