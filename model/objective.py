@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pixellm.errors import DataError
 from pixellm.model.config import PixelLMConfig
+from pixellm.model.images import logits_at_original_size
 from pixellm.model.losses import dice_losses, mean_over_targets, refinement_losses, valid_pixels
 
 
@@ -59,24 +60,6 @@ def mask_losses(mask_logits: Tensor, targets: MaskTargets, config: PixelLMConfig
     }
 
 
-def to_original_size(mask_logits: Tensor, image_size: int, valid_hw: Tensor, original_hw: Tensor) -> Tensor:
-    """Bilinear to the canvas, crop to the real pixels, bilinear to the picture's own size, as released.
-
-    Args:
-        mask_logits: `[M, h, h]` of one picture.
-        image_size: S, side of the canvas.
-        valid_hw: `[2]` real rows and columns.
-        original_hw: `[2]` the picture's own size.
-
-    Returns:
-        `[M, H, W]` logits.
-    """
-    rows, columns = (int(v) for v in valid_hw)
-    canvas = F.interpolate(mask_logits[:, None], (image_size, image_size), mode="bilinear", align_corners=False)
-    size = tuple(int(v) for v in original_hw)
-    return F.interpolate(canvas[..., :rows, :columns], size, mode="bilinear", align_corners=False)[:, 0]
-
-
 def _canvas_losses(
     mask_logits: Tensor, masks: Tensor, targets: MaskTargets, config: PixelLMConfig
 ) -> tuple[Tensor, Tensor]:
@@ -103,11 +86,15 @@ def _original_size_losses(mask_logits: Tensor, targets: MaskTargets, config: Pix
             raise DataError(f"picture {image} has {len(masks)} target masks and {len(mine)} codebook groups")
         if not len(mine):
             continue
-        logits = to_original_size(
-            mask_logits[mine], config.image_size, targets.image_valid_hw[image], targets.original_hw[image]
-        )
+        valid_hw, original_hw = _pair(targets.image_valid_hw[image]), _pair(targets.original_hw[image])
+        logits = logits_at_original_size(mask_logits[mine], config.image_size, valid_hw, original_hw)
         masks = masks.to(logits)
         valid = torch.ones_like(masks, dtype=torch.bool)
         refs.append(refinement_losses(logits, masks, targets.rows[mine], config.target_refinement_alpha, valid))
         dices.append(dice_losses(logits, masks, valid))
     return torch.cat(refs), torch.cat(dices)
+
+
+def _pair(size: Tensor) -> tuple[int, int]:
+    rows, columns = size.tolist()
+    return int(rows), int(columns)

@@ -1,0 +1,114 @@
+"""The authors' released weights → ours, in memory (`from_official`) or shard by shard (`convert_official`).
+
+Nothing is guessed silently: every released key must be known, present and of its shape, or one error lists all that
+are not.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pixellm.errors import ModelLoadError
+from pixellm.model.config import PixelLMConfig
+from pixellm.model.loading import check_loading_info
+from pixellm.model.modeling import PixelLMForConditionalGeneration
+from pixellm.model.official import (
+    Shapes,
+    config_from_official,
+    guess_vision_config,
+    is_weight,
+    list_problems,
+    new_parameters,
+    official_shapes,
+    shapes_of,
+    vision_name,
+)
+
+_OWN_PARAMETERS = ("codebook.fusion.", "decoder.scale_fusion.")
+
+
+def from_official(
+    state_dict: Mapping[str, Tensor],
+    official_config: Mapping[str, Any],
+    *,
+    tokens_per_scale: int,
+    num_scales: int,
+    vision_state_dict: Mapping[str, Tensor] | None = None,
+    vision_config: Mapping[str, Any] | None = None,
+    dtype: torch.dtype = torch.float32,
+    **overrides: Any,
+) -> PixelLMForConditionalGeneration:
+    """Builds our model from a released state dict.
+
+    Args:
+        state_dict: weights under the released names.
+        official_config: the released `config.json` as a dict, or the nested form of `tests/golden`.
+        tokens_per_scale: N (the released 7B and 13B: 3).
+        num_scales: L (2).
+        vision_state_dict: the CLIP tower in Hugging Face names (a whole CLIP checkpoint will do).
+        vision_config: the tower's configuration; read from `official_config["vision"]`, else off the weights.
+        dtype: of the model.
+        **overrides: fields of `PixelLMConfig` (`codebook_token_ids`, `token_fusion="learned"`, …).
+
+    Raises:
+        ModelLoadError: unknown, missing or mis-shaped keys, all of them listed; or no vision tower.
+    """
+    if vision_state_dict is None:
+        raise ModelLoadError(
+            "released checkpoints do not hold the vision tower; pass vision_state_dict, the weights of the CLIP tower "
+            "that it was trained on (CLIP-ViT-L/14-336 for the 7B and 13B releases)"
+        )
+    vision_shapes = {key: shape for key, shape in shapes_of(vision_state_dict).items() if vision_name(key)}
+    fields = vision_config or official_config.get("vision") or guess_vision_config(vision_shapes)
+    config = config_from_official(
+        shapes_of(state_dict), official_config, fields, tokens_per_scale, num_scales, **overrides
+    )
+    names = check_official(shapes_of(state_dict), vision_shapes, config)
+    weights = {names[key]: tensor for key, tensor in state_dict.items() if key in names}
+    weights |= {name: tensor for key, tensor in vision_state_dict.items() if (name := vision_name(key)) is not None}
+    for name, shape in model_shapes(config).items():
+        if name.startswith(_OWN_PARAMETERS):
+            weights[name] = new_parameters(name, shape, config)
+    weights = {name: tensor.to(dtype) for name, tensor in weights.items()}
+    model, info = super(PixelLMForConditionalGeneration, PixelLMForConditionalGeneration).from_pretrained(
+        None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True
+    )
+    check_loading_info("the converted checkpoint", info)
+    return model
+
+
+def check_official(found: Shapes, vision_found: Shapes, config: PixelLMConfig) -> dict[str, str]:
+    """Checks a released checkpoint and its tower against our shapes.
+
+    Args:
+        found: shapes by released name.
+        vision_found: shapes of the tower by Hugging Face name.
+        config: ours.
+
+    Returns:
+        Our name by released name, of the weights that we keep.
+
+    Raises:
+        ModelLoadError: listing every unknown, missing and mis-shaped key of both.
+    """
+    shapes = model_shapes(config)
+    kept = {name: shape for name, shape in shapes.items() if not name.startswith(_OWN_PARAMETERS)}
+    names, expected = official_shapes(kept, config)
+    tower = {name: shape for name, shape in shapes.items() if name.startswith("vision_tower.")}
+    tower_found = {str(vision_name(key)): shape for key, shape in vision_found.items()}
+    problems = list_problems(found, expected) + list_problems(tower_found, tower)
+    if problems:
+        raise ModelLoadError(
+            "the checkpoint cannot be converted; keys " + "; ".join(problems) + ". Wanted a merged PixelLM release "
+            f"with {config.tokens_per_scale} tokens per scale and {config.num_scales} scales, and its CLIP tower"
+        )
+    return names
+
+
+def model_shapes(config: PixelLMConfig) -> Shapes:
+    """Shape of every weight of ours, by name."""
+    with torch.device("meta"):
+        model = PixelLMForConditionalGeneration(config)
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if is_weight(name)}
