@@ -3,7 +3,9 @@
 `PixelLMEngine` is the whole public surface, with the plain data of `pixellm.model.engine.types`.
 """
 
-from pixellm.model.engine.engine import PixelLMEngine
+from pixellm.model.engine.engine import EngineStats, PixelLMEngine
+from pixellm.model.engine.options import EngineOptions
+from pixellm.model.engine.scheduler import SchedulerLimits
 from pixellm.model.engine.types import (
     Done,
     GenerationOptions,
@@ -18,8 +20,11 @@ from pixellm.model.engine.types import (
 
 __all__ = [
     "Done",
+    "EngineOptions",
+    "EngineStats",
     "GenerationOptions",
     "PixelLMEngine",
+    "SchedulerLimits",
     "SegmentRequest",
     "SegmentationResult",
     "StreamEvent",

@@ -1,76 +1,140 @@
-"""`PixelLMEngine`: answers questions about pictures with words and masks.
+"""`PixelLMEngine`: answers questions about pictures with words and masks, many at a time.
 
-One vision pass per request, a key/value cache, and a group of codebook tokens committed in one forward as soon as its
-first token is chosen. Hidden states are kept only where a mask needs them.
+One vision pass per picture, a key/value cache with a row per request, and a group of codebook tokens committed in one
+forward as soon as its first token is chosen. Requests join and leave a running batch at every step; an answer does not
+depend on what runs beside it.
 """
 
-import time
-from collections.abc import Iterator, Sequence
+import asyncio
+import itertools
+from collections.abc import AsyncIterator, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
 from PIL import Image
 
+from pixellm.errors import DataError, PixelLMError
 from pixellm.model.answers import AnswerReader
+from pixellm.model.config import IMAGE_TOKEN_ID
 from pixellm.model.conversation import Turn, history_turns
-from pixellm.model.engine.sampling import RowSampler, banned_tokens, sample_tokens
-from pixellm.model.engine.targets import finish_targets
+from pixellm.model.engine.answer_state import AnswerState
+from pixellm.model.engine.handle import Listener, RequestHandle, Stopwatch
+from pixellm.model.engine.kv_cache import SlotCache
+from pixellm.model.engine.loop import LiveRequest, LoopCounters, StepLoop
+from pixellm.model.engine.mask_worker import MaskWorker
+from pixellm.model.engine.options import EngineOptions, load_model
+from pixellm.model.engine.picture_cache import PictureCache, picture_digest
+from pixellm.model.engine.runner import Row, Runner
+from pixellm.model.engine.sampling import RowSampler, banned_tokens
 from pixellm.model.engine.types import (
     Done,
     GenerationOptions,
     SegmentationResult,
     SegmentRequest,
     StreamEvent,
-    TargetDone,
-    TargetMask,
-    TextDelta,
-    Usage,
 )
-from pixellm.model.modeling import PixelLMForConditionalGeneration
+from pixellm.model.images import PreparedImage
 from pixellm.model.processing import PixelLMProcessor
 
 
+@dataclass(frozen=True)
+class EngineStats:
+    """A snapshot of an engine.
+
+    Attributes:
+        waiting: requests without a slot.
+        running: requests in a slot.
+        counters: steps, forwards, tokens and targets since the start.
+        picture_hits: questions whose picture had been looked at before.
+        picture_misses: vision passes.
+        picture_cache_bytes: memory of remembered pictures.
+    """
+
+    waiting: int
+    running: int
+    counters: LoopCounters
+    picture_hits: int
+    picture_misses: int
+    picture_cache_bytes: int
+
+
 class PixelLMEngine:
-    """Answers questions about pictures.
+    """Answers questions about pictures. Safe to use from any thread; close it, or use it in a `with` block.
 
     Attributes:
         model: the network, in evaluation mode.
-        processor: its processor; codebook ids are checked against the model's.
+        processor: its processor.
+        options: how the engine runs.
     """
 
     def __init__(
-        self, model: PixelLMForConditionalGeneration, processor: PixelLMProcessor, *, max_batch_size: int = 8
+        self,
+        model: Any,
+        processor: PixelLMProcessor,
+        *,
+        max_batch_size: int | None = None,
+        options: EngineOptions | None = None,
     ) -> None:
-        """Takes a loaded model.
+        """Takes a loaded model and starts its threads.
 
         Args:
-            model: the network.
+            model: the network: a `MultimodalBackbone` with `config`, `device`, `dtype` and `get_input_embeddings`.
             processor: must be the one that belongs to it.
-            max_batch_size: most requests that are generated together.
+            max_batch_size: most requests that are generated together; overrides the options' limit.
+            options: how the engine runs; dtype, attention and quantization are those the model was loaded with.
 
         Raises:
             ModelLoadError: tokenizer and model do not belong together.
         """
         processor.check_matches(model.config)
-        self.model = model.eval()
-        self.processor = processor
-        self.max_batch_size = max_batch_size
-        ids = processor.token_ids
-        self._banned = banned_tokens(model.config.text_config.vocab_size, ids.codebook, (ids.im_start, ids.im_end)).to(
-            model.device
+        options = options or EngineOptions()
+        if max_batch_size is not None:
+            options = replace(options, limits=replace(options.limits, max_batch_size=max_batch_size))
+        self.model, self.processor, self.options = model.eval(), processor, options
+        self._max_context = _max_context(model.config, options)
+        self._next_id = itertools.count()
+        ids, device = processor.token_ids, torch.device(model.device)
+        self._pictures = PictureCache(options.picture_cache_bytes)
+        num_slots = options.limits.max_batch_size
+        runner = Runner(
+            model,
+            model.get_input_embeddings(),
+            SlotCache(num_slots, self._max_context, device),
+            self._pictures,
+            mask_form=_mask_form(model.config),
+            reuse_prefix=options.reuse_prompt_prefix,
+            compile_decode=options.compile_decode,
         )
+        banned = banned_tokens(model.config.text_config.vocab_size, ids.codebook, (ids.im_start, ids.im_end))
+        self._masks = MaskWorker(model, options.max_batch_targets)
+        self._loop = StepLoop(runner, self._masks, options.limits, banned_V=banned.to(device), pixels=self._normalise)
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, device: str = "cpu", max_batch_size: int = 8) -> "PixelLMEngine":
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        device: str = "cpu",
+        max_batch_size: int | None = None,
+        options: EngineOptions | None = None,
+    ) -> "PixelLMEngine":
         """Loads a model folder.
+
+        Args:
+            path: written by `save_pretrained` of model and processor.
+            device: "cpu", "cuda", "cuda:1", …
+            max_batch_size: most requests that are generated together (8 unless the options say otherwise).
+            options: how the engine runs.
 
         Raises:
             ModelLoadError: weights or tokenizer are missing, damaged or of another model.
+            ConfigError: an option that this machine cannot run.
         """
+        options = options or EngineOptions()
         processor = PixelLMProcessor.from_pretrained(path)
-        model = PixelLMForConditionalGeneration.from_pretrained(path).to(device)
-        return cls(model, processor, max_batch_size=max_batch_size)
+        return cls(load_model(path, device, options), processor, max_batch_size=max_batch_size, options=options)
 
     def segment(
         self,
@@ -92,11 +156,29 @@ class PixelLMEngine:
             BadRequestError: an option is out of range.
         """
         options = GenerationOptions(max_new_tokens, threshold, temperature, top_p, seed, tuple(stop))
-        return self.segment_batch([SegmentRequest(image, prompt, options, tuple(history))])[0]
+        return self.submit(SegmentRequest(image, prompt, options, tuple(history))).result()
 
     def segment_batch(self, requests: Sequence[SegmentRequest]) -> list[SegmentationResult]:
-        """Answers several questions; results are in the order of the requests."""
-        return [self._last(self._run(request)) for request in requests]
+        """Answers several questions together; results are in the order of the requests.
+
+        However many there are, no more than fit are under way at once.
+
+        Raises:
+            PixelLMError: the first request that failed; the others are given up.
+        """
+        limits = self.options.limits
+        handles: list[RequestHandle] = []
+        results: list[SegmentationResult] = []
+        try:
+            for request in requests:
+                if len(handles) - len(results) >= limits.max_batch_size + limits.max_waiting:
+                    results.append(handles[len(results)].result())
+                handles.append(self.submit(request))
+            results += [handle.result() for handle in handles[len(results) :]]
+        finally:
+            for handle in handles:
+                handle.cancel()
+        return results
 
     def stream(
         self,
@@ -111,86 +193,151 @@ class PixelLMEngine:
         stop: Sequence[str] = (),
         history: Sequence[tuple[str, str]] = (),
     ) -> Iterator[StreamEvent]:
-        """Answers one question as it is generated: `TextDelta` and `TargetDone` in order, then `Done`."""
+        """Answers one question as it is generated: `TextDelta` and `TargetDone` in order, then `Done`.
+
+        Closing the iterator early gives the request up.
+        """
         options = GenerationOptions(max_new_tokens, threshold, temperature, top_p, seed, tuple(stop))
-        return self._run(SegmentRequest(image, prompt, options, tuple(history)))
+        handle = self.submit(SegmentRequest(image, prompt, options, tuple(history)))
+        try:
+            yield from handle.events()
+        finally:
+            handle.cancel()
 
-    @staticmethod
-    def _last(events: Iterator[StreamEvent]) -> SegmentationResult:
-        *_, last = events
-        assert isinstance(last, Done)
-        return last.result
+    def submit(self, request: SegmentRequest, listener: Listener | None = None) -> RequestHandle:
+        """Takes a request in and returns at once after preparing its picture and prompt in the calling thread.
 
-    @torch.inference_mode()
-    def _run(self, request: SegmentRequest) -> Iterator[StreamEvent]:
-        started = time.perf_counter()
-        processor, model, options = self.processor, self.model, request.options
-        picture = processor.prepare_image(request.image)
-        prompt_ids = processor.encode_prompt([*history_turns(request.history), Turn(request.prompt)])
-        valid = torch.tensor([picture.valid_hw])
-        pixels = processor.normalise(torch.from_numpy(picture.pixels)[None], valid)
-        features = model.encode_images(pixels.to(model.device, model.dtype), valid.to(model.device))
-        vision_done = time.perf_counter()
-        ids = torch.tensor([prompt_ids], device=model.device)
-        embeds, mask = model.embed_inputs(ids, features, torch.zeros(1, dtype=torch.long, device=model.device))
-        hidden, mask, cache = self._forward(embeds, mask, None, 0)
-        prefill_done = time.perf_counter()
-        reader = AnswerReader(processor.tokenizer, request.prompt)
-        sampler = RowSampler(options)
-        codebook = list(processor.token_ids.codebook)
-        generated: list[int] = []
-        targets: list[TargetMask] = []
-        dropped, stop_reason, masks_s = None, "max_new_tokens", 0.0
-        while len(generated) < options.max_new_tokens:
-            token = sample_tokens(model.lm_logits(hidden[:, -1]), self._banned, [sampler])[0]
-            if token == processor.tokenizer.eos_token_id:
-                stop_reason = "eos"
-                break
-            chunk = codebook if token == codebook[0] else [token]
-            if len(generated) + len(chunk) > options.max_new_tokens:
-                dropped = f"target {len(targets) + 1}: its group of {len(chunk)} tokens did not fit in max_new_tokens"
-                break
-            past = len(prompt_ids) + len(generated)
-            generated += chunk
-            embeds = model.get_input_embeddings()(torch.tensor([chunk], device=model.device))
-            mask = torch.cat([mask, mask.new_ones((1, len(chunk)))], dim=1)
-            previous = hidden[:, -1:]
-            hidden, mask, cache = self._forward(embeds, mask, cache, past)
-            if len(chunk) == 1 and token != codebook[0]:
-                delta = reader.add_token(token)
-                if delta:
-                    yield TextDelta(delta)
-                continue
-            yield TextDelta(reader.add_group())
-            decode_started = time.perf_counter()
-            group = torch.cat([previous, hidden[:, :-1]], dim=1)
-            logits = model.decode_masks(
-                model.codebook_embeds(group), features.scales, torch.zeros(1, dtype=torch.long, device=model.device)
-            )
-            targets += finish_targets(
-                logits, picture, threshold=options.threshold, first_index=len(targets), phrases=reader.phrases[-1:]
-            )
-            masks_s += time.perf_counter() - decode_started
-            yield TargetDone(targets[-1])
-        tail = reader.finish()
-        if tail:
-            yield TextDelta(tail)
-        ended = time.perf_counter()
-        timings = {
-            "vision": vision_done - started,
-            "prefill": prefill_done - vision_done,
-            "decode": ended - prefill_done - masks_s,
-            "masks": masks_s,
-            "total": ended - started,
-        }
-        usage = Usage(len(prompt_ids), len(generated), processor.num_image_tokens)
-        yield Done(
-            SegmentationResult(reader.text, tuple(targets), usage, timings, dropped, stop_reason, tuple(generated))
+        Args:
+            request: what to answer.
+            listener: called with every event, or the error, from the engine's threads; must return at once.
+
+        Raises:
+            DataError: the picture or the prompt cannot be used.
+            OverloadedError: too many requests wait already.
+        """
+        watch = Stopwatch()
+        picture = self.processor.prepare_image(request.image)
+        prompt_ids = self.processor.encode_prompt([*history_turns(request.history), Turn(request.prompt)])
+        return self._submit(request, picture, prompt_ids, watch, listener)
+
+    def submit_prepared(
+        self, picture: PreparedImage, prompt_ids: Sequence[int], options: GenerationOptions | None = None
+    ) -> RequestHandle:
+        """Takes a request whose picture and prompt ids are given as they are, for tests and golden numbers."""
+        request = SegmentRequest(b"", "", options or GenerationOptions())
+        return self._submit(request, picture, list(prompt_ids), Stopwatch(), None)
+
+    async def asegment(self, request: SegmentRequest) -> SegmentationResult:
+        """Answers one request from asyncio; cancelling the task gives the request up."""
+        result: SegmentationResult | None = None
+        async for event in self.astream(request):
+            if isinstance(event, Done):
+                result = event.result
+        assert result is not None
+        return result
+
+    async def astream(self, request: SegmentRequest) -> AsyncIterator[StreamEvent]:
+        """`stream` for asyncio: events as they come; leaving early gives the request up."""
+        event_loop = asyncio.get_running_loop()
+        events: asyncio.Queue[StreamEvent | PixelLMError] = asyncio.Queue()
+
+        def listener(event: StreamEvent | PixelLMError) -> None:
+            if not event_loop.is_closed():
+                event_loop.call_soon_threadsafe(events.put_nowait, event)
+
+        handle = await asyncio.to_thread(self.submit, request, listener)
+        try:
+            while True:
+                event = await events.get()
+                if isinstance(event, PixelLMError):
+                    raise event
+                yield event
+                if isinstance(event, Done):
+                    return
+        finally:
+            handle.cancel()
+
+    def cancel(self, request_id: int) -> None:
+        """Gives a request up; its slot is free at the next step."""
+        self._loop.cancel(request_id)
+
+    def stats(self) -> EngineStats:
+        """A snapshot of queues, counters and the picture cache."""
+        return EngineStats(
+            waiting=self._loop.num_waiting,
+            running=self._loop.num_running,
+            counters=replace(self._loop.counters),
+            picture_hits=self._pictures.num_hits,
+            picture_misses=self._pictures.num_misses,
+            picture_cache_bytes=self._pictures.num_bytes,
         )
 
-    def _forward(
-        self, embeds: torch.Tensor, mask: torch.Tensor, cache: Any, past: int
-    ) -> tuple[torch.Tensor, torch.Tensor, Any]:
-        positions = torch.arange(past, past + embeds.shape[1], device=embeds.device)[None]
-        hidden, cache = self.model.language_forward(embeds, mask, positions, cache, use_cache=True)
-        return hidden, mask, cache
+    def close(self) -> None:
+        """Ends the engine's threads; requests under way fail."""
+        self._loop.close()
+        self._masks.close()
+
+    def __enter__(self) -> "PixelLMEngine":
+        """Returns the engine, to be closed at the end of the block."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Closes the engine."""
+        self.close()
+
+    def _submit(
+        self,
+        request: SegmentRequest,
+        picture: PreparedImage,
+        prompt_ids: list[int],
+        watch: Stopwatch,
+        listener: Listener | None,
+    ) -> RequestHandle:
+        options, processor = request.options, self.processor
+        left = self._max_context - len(prompt_ids)
+        if left < 1:
+            raise DataError(
+                f"the prompt takes {len(prompt_ids)} positions, the model has {self._max_context} for prompt and "
+                "answer together (max_context_tokens); shorten it"
+            )
+        handle = RequestHandle(next(self._next_id), self.cancel, listener)
+        answer = AnswerState(
+            AnswerReader(processor.tokenizer, request.prompt),
+            options,
+            processor.token_ids.codebook,
+            processor.tokenizer.eos_token_id,
+            min(options.max_new_tokens, left),
+        )
+        is_image = [token == IMAGE_TOKEN_ID for token in prompt_ids]
+        live = LiveRequest(
+            handle=handle,
+            picture=picture,
+            row=Row(prompt_ids, picture_digest(picture)),
+            answer=answer,
+            sampler=RowSampler(options),
+            num_image_tokens=sum(is_image),
+            prefix_length=len(prompt_ids) - is_image[::-1].index(True) if any(is_image) else 0,
+            client=request.client,
+            deadline=None if request.timeout_s is None else watch.started_at + request.timeout_s,
+            watch=watch,
+        )
+        watch.lap("prepare")
+        self._loop.submit(live)
+        return handle
+
+    def _normalise(self, pixels: torch.Tensor, valid_hw: torch.Tensor) -> torch.Tensor:
+        return self.processor.normalise(pixels, valid_hw).to(self.model.dtype)
+
+
+def _max_context(config: Any, options: EngineOptions) -> int:
+    own = int(config.text_config.max_position_embeddings)
+    return own if options.max_context_tokens is None else min(own, options.max_context_tokens)
+
+
+def _mask_form(config: Any) -> str:
+    """How attention masks must look for the language model's attention kernels."""
+    implementation = getattr(config.text_config, "_attn_implementation", None) or "sdpa"
+    forms = {"sdpa": "bool", "eager": "additive", "flash_attention_2": "keys"}
+    return forms[implementation]

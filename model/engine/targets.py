@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from pycocotools import mask as coco_mask
 
-from pixellm.model.engine.types import TargetMask
+from pixellm.model.engine.types import GenerationOptions, TargetMask
 from pixellm.model.images import PreparedImage, logits_at_original_size
 
 _MAX_ELEMENTS_AT_ONCE = 16_000_000
@@ -18,7 +18,7 @@ def finish_targets(
     mask_logits_MHW: torch.Tensor,
     picture: PreparedImage,
     *,
-    threshold: float,
+    options: GenerationOptions,
     first_index: int,
     phrases: Sequence[str],
 ) -> list[TargetMask]:
@@ -27,7 +27,7 @@ def finish_targets(
     Args:
         mask_logits_MHW: fp32 [M, h, w] on the padded canvas.
         picture: where they belong.
-        threshold: probability above which a pixel belongs to its target.
+        options: the threshold, and whether logits are handed out.
         first_index: index of the first target.
         phrases: M of them.
 
@@ -41,11 +41,11 @@ def finish_targets(
         logits = logits_at_original_size(
             mask_logits_MHW[start : start + chunk], len(picture.pixels), picture.valid_hw, picture.original_hw
         )
-        masks = logits > math.log(threshold / (1.0 - threshold))
+        masks = logits > math.log(options.threshold / (1.0 - options.threshold))
         areas = masks.flatten(1).sum(1)
         scores = (logits.sigmoid() * masks).flatten(1).sum(1) / areas.clamp_min(1)
-        for mask, area, score in zip(masks.cpu().numpy(), areas.tolist(), scores.tolist(), strict=True):
-            place = len(targets)
+        for i, (mask, area, score) in enumerate(zip(masks.cpu().numpy(), areas.tolist(), scores.tolist(), strict=True)):
+            place = start + i
             targets.append(
                 TargetMask(
                     index=first_index + place,
@@ -55,6 +55,7 @@ def finish_targets(
                     box_xyxy=mask_box(mask),
                     area_px=int(area),
                     rle=encode_rle(mask),
+                    mask_logits=logits[i].cpu().numpy() if options.keep_logits else None,
                 )
             )
     return targets

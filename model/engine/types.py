@@ -25,6 +25,7 @@ class GenerationOptions:
         top_p: samples from the smallest set of tokens whose probability reaches this, in (0, 1].
         seed: of the request's own random numbers; None draws one.
         stop: the answer ends before the first of these strings.
+        keep_logits: hand out each target's mask logits too (4 bytes per pixel and target).
     """
 
     max_new_tokens: int = 256
@@ -33,6 +34,7 @@ class GenerationOptions:
     top_p: float = 1.0
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    keep_logits: bool = False
 
     def __post_init__(self) -> None:
         """Refuses values out of range.
@@ -88,6 +90,7 @@ class TargetMask:
         box_xyxy: smallest box around the mask in pixels, right and bottom exclusive; None where it is empty.
         area_px: pixels of the mask.
         rle: COCO's compressed run lengths, `{"size": [H, W], "counts": str}`.
+        mask_logits: fp32 [H, W] where they were asked for, else None.
     """
 
     index: int
@@ -97,6 +100,7 @@ class TargetMask:
     box_xyxy: tuple[float, float, float, float] | None
     area_px: int
     rle: dict[str, object]
+    mask_logits: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
