@@ -52,8 +52,9 @@ class _NeckAndDecoder(nn.Module):
         num_scales = len(golden["in.features"])
         blocks = re.compile(r"w\.model\.mask_decoder\.transformer\.0\.layers\.(\d+)\.")
         depth = 1 + max(int(match.group(1)) for key in golden if (match := blocks.match(key)))
+        iou_size = len(golden["w.model.mask_decoder.iou_prediction_head.layers.0.weight"])
         self.neck = FeatureNeck(in_size, width)
-        self.decoder = PixelDecoder(width, heads, mlp_size, depth, num_scales, "mean")
+        self.decoder = PixelDecoder(width, heads, mlp_size, depth, num_scales, "mean", iou_size)
         weights = {name: torch.from_numpy(golden[f"w.{official_name(name)}"]).float() for name in self.state_dict()}
         self.load_state_dict(weights)
 

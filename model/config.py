@@ -40,6 +40,7 @@ class PixelLMConfig(PreTrainedConfig):
         decoder_num_heads: attention heads of the pixel decoder.
         decoder_mlp_size: hidden width of its MLPs.
         decoder_depth: two-way blocks per scale.
+        decoder_iou_head_size: hidden width of SAM's quality head, which no loss trains; None = decoder_hidden_size.
         token_fusion: φ over the N tokens of a scale: `"learned"` linear layer or constant `"mean"`.
         scale_fusion: γ over the L mask maps: `"learned"` with Σγ = 1, or constant `"mean"`.
         target_refinement_alpha: α of the target refinement loss; 1 switches it off.
@@ -72,6 +73,7 @@ class PixelLMConfig(PreTrainedConfig):
     decoder_num_heads: int = 8
     decoder_mlp_size: int = 2048
     decoder_depth: int = 2
+    decoder_iou_head_size: int | None = None
     token_fusion: str = "learned"
     scale_fusion: str = "learned"
     target_refinement_alpha: float = 2.0

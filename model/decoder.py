@@ -124,7 +124,16 @@ class DecodedMasks:
 class PixelDecoder(nn.Module):
     """L two-way transformers in sequence, from the deepest scale to the finest."""
 
-    def __init__(self, size: int, num_heads: int, mlp_size: int, depth: int, num_scales: int, fusion: str) -> None:
+    def __init__(
+        self,
+        size: int,
+        num_heads: int,
+        mlp_size: int,
+        depth: int,
+        num_scales: int,
+        fusion: str,
+        iou_size: int | None = None,
+    ) -> None:
         super().__init__()
         self.transformer = nn.ModuleList(TwoWayTransformer(size, num_heads, mlp_size, depth) for _ in range(num_scales))
         self.iou_token = nn.Embedding(1, size)
@@ -139,7 +148,7 @@ class PixelDecoder(nn.Module):
             nn.ConvTranspose2d(size, size // 8, 2, 2), ChannelLayerNorm(size // 8), nn.GELU()
         )
         self.mask_head = MLP(size, size, size // 8)
-        self.iou_head = MLP(size, size, NUM_MASK_TOKENS)
+        self.iou_head = MLP(size, iou_size or size, NUM_MASK_TOKENS)
         self.iou_head.requires_grad_(False)
         self.scale_fusion = ScaleFusion(num_scales) if fusion == "learned" else EqualScaleFusion(num_scales)
 

@@ -20,6 +20,7 @@ from pixellm.model.codebook import SegmentationCodebook, find_groups, gather_gro
 from pixellm.model.config import PixelLMConfig
 from pixellm.model.decoder import DecodedMasks, FeatureNeck, PixelDecoder
 from pixellm.model.loading import check_loading_info, load_with_info
+from pixellm.model.lora import has_lora, lora_scaling, merge_state_dict
 from pixellm.model.losses import text_loss
 from pixellm.model.objective import MaskTargets, mask_losses
 from pixellm.model.vision import Projector, VisionTower, pool_to_grid, pool_valid, valid_patches
@@ -54,7 +55,7 @@ class PixelLMOutput(ModelOutput):
     losses: dict[str, Tensor] | None = None
     logits: Tensor | None = None
     mask_logits: Tensor | None = None
-    embeds_MGC: Tensor | None = None  # noqa: N815
+    embeds_MGC: Tensor | None = None
     target_rows: Tensor | None = None
 
 
@@ -91,6 +92,7 @@ class PixelLMForConditionalGeneration(PreTrainedModel):
             config.decoder_depth,
             config.num_scales,
             config.scale_fusion,
+            config.decoder_iou_head_size,
         )
         self.post_init()
         _redraw_towers(self)
@@ -119,6 +121,18 @@ class PixelLMForConditionalGeneration(PreTrainedModel):
         model, info = load_with_info(super().from_pretrained, path, *args, **kwargs)
         check_loading_info(path, info)
         return model
+
+    def save_pretrained(self, save_directory: str | PathLike[str], **kwargs: Any) -> None:
+        """Writes a model folder; an attached LoRA adapter is merged into what is written, not into the model.
+
+        Args:
+            save_directory: folder, made where it does not exist.
+            **kwargs: see transformers; `state_dict` may hold gathered weights, of a model with LoRA too.
+        """
+        if has_lora(self):
+            state_dict = kwargs.get("state_dict") or self.state_dict()
+            kwargs["state_dict"] = merge_state_dict(state_dict, lora_scaling(self))
+        super().save_pretrained(save_directory, **kwargs)
 
     def get_input_embeddings(self) -> nn.Module:
         """The token embedding."""

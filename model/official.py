@@ -132,6 +132,7 @@ def config_from_official(
         "decoder_hidden_size": size,
         "decoder_num_heads": int(decoder.get("num_heads") or 8),
         "decoder_mlp_size": _shape(shapes, "model.mask_decoder.transformer.0.layers.0.mlp.lin1.weight")[0],
+        "decoder_iou_head_size": _shape(shapes, "model.mask_decoder.iou_prediction_head.layers.0.weight")[0],
         "decoder_depth": _count(shapes, r"model\.mask_decoder\.transformer\.0\.layers\.(\d+)\."),
         "codebook_token_ids": list(
             official.get("seg_token_ids") or range(first_id, first_id + tokens_per_scale * num_scales)
