@@ -136,11 +136,15 @@ class ServeSettings(_Section):
     replica_gpus: float = Field(0, ge=0)
     replica_cpus: float = Field(1, ge=0)
     threads_per_replica: int = Field(1, ge=1)
+    ingress_cpus: float = Field(0.5, ge=0, description="logical CPUs reserved for the HTTP ingress")
+    start_timeout_s: float = Field(300, gt=0, description="how long a deployment may take until it answers")
     max_batch_size: int = Field(8, ge=1)
     max_new_tokens: int = Field(256, ge=1, description="the most a request may ask for")
     max_body_bytes: int = Field(32 * 2**20, ge=1024)
     max_image_pixels: int = Field(50_000_000, ge=1)
-    request_timeout_s: float = Field(60, gt=0)
+    max_prompt_chars: int = Field(8000, ge=1, description="characters of a prompt with its conversation, at most")
+    request_timeout_s: float = Field(60, gt=0, description="from arrival to the last byte, queueing included")
+    max_retries: int = Field(2, ge=0, description="how often a request is sent again when its replica died")
 
 
 class ClusterSettings(_Section):
@@ -184,7 +188,7 @@ def load_settings(path: str | Path | None = None, overrides: Sequence[str] = ())
 
     Args:
         path: YAML file; None means all defaults.
-        overrides: `a.b=value` (a leading `--` is allowed); the value is read as YAML, so `1e-4`, `[a, b]` and `true` work.
+        overrides: `a.b=value` (a leading `--` is allowed); the value is read as YAML: `1e-4`, `[a, b]`, `true`.
 
     Returns:
         The validated, frozen tree.
@@ -211,6 +215,11 @@ def from_environment() -> dict[str, str]:
     """
     names = ("MLFLOW_TRACKING_URI", "RAY_ADDRESS", "PIXELLM_LOG_LEVEL")
     return {name: os.environ[name] for name in names if os.environ.get(name)}
+
+
+def is_inside_ray_job() -> bool:
+    """Whether this process was started by a submitted Ray job, which has shipped the code already."""
+    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
