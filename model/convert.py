@@ -4,13 +4,24 @@ Nothing is guessed silently: every released key must be known, present and of it
 are not.
 """
 
-from collections.abc import Mapping
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pixellm.errors import ModelLoadError
+from pixellm.model.assemble import (
+    AssemblyReport,
+    ModelFolderWriter,
+    new_folder,
+    resolve_folder,
+    weight_shapes,
+)
 from pixellm.model.config import PixelLMConfig
 from pixellm.model.loading import check_loading_info
 from pixellm.model.modeling import PixelLMForConditionalGeneration
@@ -25,6 +36,9 @@ from pixellm.model.official import (
     shapes_of,
     vision_name,
 )
+from pixellm.model.processing import PixelLMProcessor
+from pixellm.model.tokenization import add_codebook_tokens
+from pixellm.model.weight_files import WeightFiles
 
 _OWN_PARAMETERS = ("codebook.fusion.", "decoder.scale_fusion.")
 
@@ -68,7 +82,7 @@ def from_official(
     names = check_official(shapes_of(state_dict), vision_shapes, config)
     weights = {names[key]: tensor for key, tensor in state_dict.items() if key in names}
     weights |= {name: tensor for key, tensor in vision_state_dict.items() if (name := vision_name(key)) is not None}
-    for name, shape in model_shapes(config).items():
+    for name, shape in weight_shapes(config).items():
         if name.startswith(_OWN_PARAMETERS):
             weights[name] = new_parameters(name, shape, config)
     weights = {name: tensor.to(dtype) for name, tensor in weights.items()}
@@ -93,7 +107,7 @@ def check_official(found: Shapes, vision_found: Shapes, config: PixelLMConfig) -
     Raises:
         ModelLoadError: listing every unknown, missing and mis-shaped key of both.
     """
-    shapes = model_shapes(config)
+    shapes = weight_shapes(config)
     kept = {name: shape for name, shape in shapes.items() if not name.startswith(_OWN_PARAMETERS)}
     names, expected = official_shapes(kept, config)
     tower = {name: shape for name, shape in shapes.items() if name.startswith("vision_tower.")}
@@ -107,8 +121,113 @@ def check_official(found: Shapes, vision_found: Shapes, config: PixelLMConfig) -
     return names
 
 
-def model_shapes(config: PixelLMConfig) -> Shapes:
-    """Shape of every weight of ours, by name."""
-    with torch.device("meta"):
-        model = PixelLMForConditionalGeneration(config)
-    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if is_weight(name)}
+def convert_official(
+    src: str | PathLike[str],
+    dst: str | PathLike[str],
+    vision: str | PathLike[str],
+    *,
+    tokens_per_scale: int,
+    num_scales: int,
+    tokenizer: str | PathLike[str] | None = None,
+    dtype: torch.dtype | None = None,
+    **overrides: Any,
+) -> AssemblyReport:
+    """Converts a released checkpoint on disk, shard by shard.
+
+    Memory stays near one shard: shapes are checked from headers, then every shard is written under our names.
+
+    Args:
+        src: folder with the released `config.json` and weights (`.bin` or `.safetensors`, sharded or not).
+        dst: folder to make.
+        vision: folder or Hugging Face id of the CLIP tower (`openai/clip-vit-large-patch14-336`).
+        tokens_per_scale: N (the released 7B and 13B: 3).
+        num_scales: L (2).
+        tokenizer: folder with the tokenizer; `src` where None. Codebook ids are looked up in it by name.
+        dtype: to store weights in; None keeps each as it is.
+        **overrides: fields of `PixelLMConfig`.
+
+    Raises:
+        ModelLoadError: unknown, missing or mis-shaped keys, all of them listed.
+        ConfigError: `dst` exists.
+    """
+    source, tower_folder = WeightFiles.find(Path(src)), resolve_folder(vision)
+    tower = WeightFiles.find(tower_folder)
+    found = {key: shape for key, shape in source.shapes().items() if is_weight(key)}
+    vision_found = {key: shape for key, shape in tower.shapes().items() if vision_name(key)}
+    processor_tokenizer = _load_tokenizer(Path(tokenizer or src))
+    if processor_tokenizer is not None:
+        ids = add_codebook_tokens(processor_tokenizer, tokens_per_scale, num_scales)
+        found_ids = {"codebook_token_ids": list(ids.codebook), "im_start_id": ids.im_start, "im_end_id": ids.im_end}
+        overrides = found_ids | overrides
+    config = config_from_official(
+        found,
+        read_config(Path(src)),
+        read_vision_config(tower_folder, vision_found),
+        tokens_per_scale,
+        num_scales,
+        **overrides,
+    )
+    names = check_official(found, vision_found, config)
+    with new_folder(dst) as folder:
+        writer = ModelFolderWriter(folder, config, weight_shapes(config))
+        for file in source.files:
+            _copy(writer, source, file, names, dtype)
+        for file in tower.files:
+            _copy(writer, tower, file, {key: str(vision_name(key)) for key in vision_found}, dtype)
+        own = {name: shape for name, shape in writer.wanted.items() if name.startswith(_OWN_PARAMETERS)}
+        writer.add_all({name: new_parameters(name, shape, config) for name, shape in own.items()})
+        if processor_tokenizer is not None:
+            PixelLMProcessor.for_config(config, processor_tokenizer).save_pretrained(folder)
+        unused = tuple(sorted(found.keys() - names.keys()))
+        report = writer.finish(unused=unused, has_tokenizer=processor_tokenizer is not None)
+    return replace(report, path=str(dst))
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """A folder's `config.json`.
+
+    Raises:
+        ModelLoadError: absent or no JSON object.
+    """
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise ModelLoadError(f"{path} cannot be read: {error}; copy the whole checkpoint folder") from error
+    if not isinstance(config, dict):
+        raise ModelLoadError(f"{path} is no JSON object")
+    return config
+
+
+def read_vision_config(folder: Path, shapes: Shapes) -> dict[str, Any]:
+    """A CLIP folder's vision configuration, completed from the weights' shapes."""
+    config = read_config(folder) if (folder / "config.json").is_file() else {}
+    return guess_vision_config(shapes) | dict(config.get("vision_config") or config)
+
+
+def _copy(
+    writer: ModelFolderWriter, source: WeightFiles, file: str, names: Mapping[str, str], dtype: torch.dtype | None
+) -> None:
+    kept = [key for key in source.shapes_in(file) if key in names]
+    shapes = {names[key]: writer.wanted[names[key]] for key in kept}
+    stored = source.dtypes_in(file)
+    dtypes = {names[key]: dtype or stored[key] for key in kept}
+
+    def renamed() -> Iterator[tuple[str, Tensor]]:
+        for key, tensor in source.tensors(file):
+            if key in names:
+                yield names[key], tensor
+
+    writer.add(shapes, dtypes, renamed())
+
+
+def _load_tokenizer(folder: Path) -> Any:
+    """The tokenizer in a folder, or None where there are no tokenizer files."""
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        return None
+    from transformers import AutoTokenizer  # slow import
+
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ModelLoadError(f"the tokenizer in {folder} cannot be read: {error}") from error
