@@ -70,8 +70,10 @@ def is_dir(uri: str | Path) -> bool:
 
 def list_names(uri: str | Path) -> list[str]:
     """Names directly inside a folder, sorted; empty where there is no such folder."""
+    if not is_dir(uri):
+        return []
     filesystem, path = open_filesystem(uri)
-    return sorted(info.base_name for info in filesystem.get_file_info(pafs.FileSelector(path, allow_not_found=True)))
+    return sorted(info.base_name for info in filesystem.get_file_info(pafs.FileSelector(path)))
 
 
 def read_bytes(uri: str | Path) -> bytes:
