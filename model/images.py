@@ -20,7 +20,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from pixellm.errors import DataError
 
 DEFAULT_MAX_IMAGE_PIXELS = 64_000_000
-_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "MPO", "PPM", "AVIF")
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 # What Pillow's plugins raise on damaged files, besides OSError and its own UnidentifiedImageError (an OSError).
 _DECODE_ERRORS: tuple[type[Exception], ...] = (
     OSError,
@@ -66,7 +66,9 @@ def open_rgb(image: Image.Image | bytes, *, max_pixels: int = DEFAULT_MAX_IMAGE_
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            picture = image if isinstance(image, Image.Image) else Image.open(io.BytesIO(image), formats=_FORMATS)
+            picture = (
+                image if isinstance(image, Image.Image) else Image.open(io.BytesIO(image), formats=readable_formats())
+            )
             _check_size(picture, max_pixels)
             picture.load()
             upright = ImageOps.exif_transpose(picture)
@@ -74,13 +76,19 @@ def open_rgb(image: Image.Image | bytes, *, max_pixels: int = DEFAULT_MAX_IMAGE_
     except UnidentifiedImageError:
         raise DataError(
             f"these {len(image) if isinstance(image, bytes) else '?'} bytes are not a picture that can be read; "
-            f"send one of {', '.join(_FORMATS)}"
+            f"send one of {', '.join(readable_formats())}"
         ) from None
     except _DECODE_ERRORS as error:
         raise DataError(
             f"the picture cannot be decoded ({type(error).__name__}: {error}); the file is damaged or cut short: "
             "save it again as JPEG or PNG"
         ) from error
+
+
+def readable_formats() -> tuple[str, ...]:
+    """Formats that are accepted and that this Pillow was built with; none that runs code or another program."""
+    Image.init()
+    return tuple(kind for kind in _FORMATS if kind in Image.OPEN)
 
 
 def prepare_image(
@@ -118,10 +126,10 @@ def mask_on_canvas(mask: np.ndarray, mask_size: int) -> np.ndarray:
     side = max(height, width)
     square = np.zeros((side, side), dtype=np.uint8)
     np.multiply(mask != 0, 255, out=square[:height, :width], casting="unsafe")
-    shrinks = mask_size <= side
-    covered = cv2.resize(square, (mask_size, mask_size), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
-    canvas = (covered > 127).astype(np.uint8)
-    if not canvas.any() and covered.any():
+    interpolation = cv2.INTER_AREA if mask_size <= side else cv2.INTER_LINEAR
+    canvas = (cv2.resize(square, (mask_size, mask_size), interpolation=interpolation) > 127).astype(np.uint8)
+    if not canvas.any() and square.any():
+        covered = cv2.resize(square.astype(np.float32), (mask_size, mask_size), interpolation=interpolation)
         canvas[np.unravel_index(int(covered.argmax()), covered.shape)] = 1
     return canvas
 
