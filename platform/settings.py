@@ -14,6 +14,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+import pixellm
 from pixellm.errors import ConfigError
 
 
@@ -136,6 +137,7 @@ class ServeSettings(_Section):
     replica_gpus: float = Field(0, ge=0)
     replica_cpus: float = Field(1, ge=0)
     threads_per_replica: int = Field(1, ge=1)
+    dtype: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="numbers of the served weights")
     ingress_cpus: float = Field(0.5, ge=0, description="logical CPUs reserved for the HTTP ingress")
     start_timeout_s: float = Field(300, gt=0, description="how long a deployment may take until it answers")
     max_batch_size: int = Field(8, ge=1)
@@ -187,7 +189,8 @@ def load_settings(path: str | Path | None = None, overrides: Sequence[str] = ())
     """Reads a recipe and lays overrides over it.
 
     Args:
-        path: YAML file; None means all defaults.
+        path: YAML file, or the name of a recipe that comes with the package: `tiny`, `tiny.yaml`, `recipes/tiny.yaml`
+            (a file of that name in the working directory goes first); None means all defaults.
         overrides: `a.b=value` (a leading `--` is allowed); the value is read as YAML: `1e-4`, `[a, b]`, `true`.
 
     Returns:
@@ -197,7 +200,7 @@ def load_settings(path: str | Path | None = None, overrides: Sequence[str] = ())
         ConfigError: the file is absent or not a YAML mapping, a key is unknown (the nearest known key is named), or a
             value has the wrong type or range.
     """
-    tree = _read_yaml(Path(path)) if path is not None else {}
+    tree = _read_yaml(find_recipe(path)) if path is not None else {}
     where = str(path) if path is not None else "the settings"
     for override in overrides:
         _lay_over(tree, override)
@@ -207,13 +210,28 @@ def load_settings(path: str | Path | None = None, overrides: Sequence[str] = ())
         raise ConfigError(_explain(error, where)) from None
 
 
+def find_recipe(path: str | Path) -> Path:
+    """The file that a recipe's name means: the path as given if it exists, else the recipe of the package.
+
+    Returns:
+        A path; it exists unless neither does, then it is the one given.
+    """
+    given = Path(path)
+    is_package_name = given.parent in (Path(), Path("recipes"))
+    if given.exists() or not is_package_name:
+        return given
+    packaged = _recipe_folder() / given.with_suffix(".yaml").name
+    return packaged if packaged.is_file() else given
+
+
 def from_environment() -> dict[str, str]:
     """The environment variables that pixellm honours, those that are set.
 
     `MLFLOW_TRACKING_URI` and `RAY_ADDRESS` stand in for `tracking.uri` and `cluster.address` where the recipe leaves
-    them empty; `PIXELLM_LOG_LEVEL` sets the log level.
+    them empty; `RAY_API_SERVER_ADDRESS` is where `pixellm submit` goes without `--address`; `PIXELLM_LOG_LEVEL` sets
+    the log level.
     """
-    names = ("MLFLOW_TRACKING_URI", "RAY_ADDRESS", "PIXELLM_LOG_LEVEL")
+    names = ("MLFLOW_TRACKING_URI", "RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "PIXELLM_LOG_LEVEL")
     return {name: os.environ[name] for name in names if os.environ.get(name)}
 
 
@@ -222,12 +240,18 @@ def is_inside_ray_job() -> bool:
     return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
 
 
+def _recipe_folder() -> Path:
+    return Path(pixellm.__file__).parent / "recipes"
+
+
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
+        shipped = ", ".join(sorted(file.stem for file in _recipe_folder().glob("*.yaml")))
         raise ConfigError(
-            f"cannot read the recipe {path}: {error.strerror}; give --config an existing YAML file"
+            f"cannot read the recipe {path}: {error.strerror}; give --config an existing YAML file, or the name of a recipe "
+            f"that comes with pixellm: {shipped}"
         ) from None
     try:
         tree = yaml.load(text, Loader=_Yaml12FloatLoader)
