@@ -250,8 +250,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except OSError as error:
         shipped = ", ".join(sorted(file.stem for file in _recipe_folder().glob("*.yaml")))
         raise ConfigError(
-            f"cannot read the recipe {path}: {error.strerror}; give --config an existing YAML file, or the name of a recipe "
-            f"that comes with pixellm: {shipped}"
+            f"cannot read the recipe {path}: {error.strerror}; give --config an existing YAML file, or the name of a "
+            f"recipe that comes with pixellm: {shipped}"
         ) from None
     try:
         tree = yaml.load(text, Loader=_Yaml12FloatLoader)

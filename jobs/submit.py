@@ -1,0 +1,337 @@
+"""Jobs on a cluster, through Ray's job server: submit a pixellm command, follow it, list, stop.
+
+A job is the wheel of the code that is running here, a small working directory with the resolved recipe, and one shell
+command (`pixellm.jobs.submission`). Its exit code is this command's exit code.
+"""
+
+import asyncio
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+from urllib.parse import urlsplit
+
+from pixellm.errors import ClusterError, ConfigError
+from pixellm.jobs.submission import Submission, parse_submit_words, plan_submission
+from pixellm.platform.cluster import is_local_host, probe, runtime_env
+from pixellm.platform.settings import from_environment
+from pixellm.platform.wheel import build_wheel
+
+_ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
+_POLL_S = 0.5
+_EXIT_STOPPED = 130
+
+
+@dataclass(frozen=True)
+class JobRow:
+    """One job of a cluster, as `jobs list` shows it."""
+
+    job_id: str
+    status: str
+    command: str
+    start_ms: int | None
+    end_ms: int | None
+    exit_code: int | None
+
+
+@dataclass(frozen=True)
+class JobList:
+    """The submitted jobs of a cluster, newest first."""
+
+    address: str
+    jobs: tuple[JobRow, ...]
+
+    def to_json_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {"address": self.address, "jobs": [vars(job) for job in self.jobs]}
+
+    def to_text(self) -> str:
+        """One line per job."""
+        if not self.jobs:
+            return f"no jobs at {self.address}"
+        return "\n".join(f"{job.job_id}  {job.status:<9}  {job.command}" for job in self.jobs)
+
+
+class JobHandle:
+    """A submitted job."""
+
+    def __init__(self, client: Any, job_id: str) -> None:
+        """Use `submit` or `JobHandle.open`."""
+        self._client = client
+        self.job_id = job_id
+
+    @classmethod
+    def open(cls, job_id: str, address: str) -> "JobHandle":
+        """A handle on a job that was submitted before.
+
+        Raises:
+            ClusterError: the cluster does not answer, or has no such job.
+        """
+        handle = cls(_open_client(address), job_id)
+        handle.status()
+        return handle
+
+    def status(self) -> str:
+        """PENDING, RUNNING, SUCCEEDED, FAILED or STOPPED.
+
+        Raises:
+            ClusterError: the cluster does not answer, or has no such job.
+        """
+        with _cluster_errors(f"job {self.job_id}"):
+            return str(self._client.get_job_status(self.job_id).value)
+
+    def logs(self) -> str:
+        """Everything the job has printed so far.
+
+        Raises:
+            ClusterError: as `status`.
+        """
+        with _cluster_errors(f"job {self.job_id}"):
+            return str(self._client.get_job_logs(self.job_id))
+
+    def follow(self, stream: TextIO | None = None) -> int:
+        """Prints what the job prints until it ends; returns its exit code.
+
+        Args:
+            stream: where it goes; standard output unless given.
+
+        Raises:
+            ClusterError: the cluster went away.
+        """
+        asyncio.run(self._copy_logs(stream or sys.stdout))
+        return self.wait()
+
+    def wait(self, timeout_s: float | None = None) -> int:
+        """Waits for the end of the job.
+
+        Args:
+            timeout_s: seconds at most; None waits for ever.
+
+        Returns:
+            The exit code of its command; 130 when it was stopped, 1 when it never started.
+
+        Raises:
+            ClusterError: the cluster went away, or the job runs on after `timeout_s`.
+        """
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        while self.status() not in _ENDED:
+            if deadline is not None and time.monotonic() > deadline:
+                raise ClusterError(f"job {self.job_id} still runs after {timeout_s:g} s; it was left running")
+            time.sleep(_POLL_S)
+        return self.exit_code()
+
+    def exit_code(self) -> int:
+        """The exit code of an ended job: its command's; 130 when stopped, 1 when it never started."""
+        with _cluster_errors(f"job {self.job_id}"):
+            details = self._client.get_job_info(self.job_id)
+        if details.status.value == "SUCCEEDED":
+            return 0
+        if details.status.value == "STOPPED":
+            return _EXIT_STOPPED
+        return details.driver_exit_code or 1
+
+    def message(self) -> str:
+        """Ray's sentence on the state of the job."""
+        with _cluster_errors(f"job {self.job_id}"):
+            return str(self._client.get_job_info(self.job_id).message or "")
+
+    def stop(self) -> bool:
+        """Asks the job to stop (Ctrl-C, then after two minutes kill); returns whether it was running.
+
+        Raises:
+            ClusterError: as `status`.
+        """
+        with _cluster_errors(f"job {self.job_id}"):
+            return bool(self._client.stop_job(self.job_id))
+
+    async def _copy_logs(self, stream: TextIO) -> None:
+        import aiohttp  # slow; Ray's job client is built on it
+
+        num_seen = 0  # the stream starts anew after a lost connection: skip what was printed
+        while True:
+            position = 0
+            try:
+                async for chunk in self._client.tail_job_logs(self.job_id):
+                    fresh = chunk[max(0, num_seen - position) :]
+                    position += len(chunk)
+                    if fresh:
+                        num_seen = position
+                        print(fresh, end="", file=stream, flush=True)
+            except (OSError, RuntimeError, aiohttp.ClientError):
+                pass  # whether the cluster is gone, `status` says
+            if self.status() in _ENDED:
+                return
+            await asyncio.sleep(_POLL_S)
+
+
+def submit(command: Sequence[str], *, address: str | None = None) -> JobHandle:
+    """Submits a pixellm command to a cluster.
+
+    Args:
+        command: the words after `pixellm`, e.g. ["train", "--config", "recipes/tiny.yaml", "--train.steps=100"].
+        address: the cluster's dashboard, http://host:port; None: `RAY_API_SERVER_ADDRESS` or `RAY_ADDRESS`.
+
+    Returns:
+        The job; it runs whether or not anybody waits for it.
+
+    Raises:
+        ConfigError: the address, the recipe or a path in it cannot be used.
+        ClusterError: nothing answers there, it refuses us, or the wheel cannot be built.
+    """
+    url = _dashboard_url(address)
+    is_head_local = is_local_host(urlsplit(url).hostname or "")
+    plan = plan_submission(command, caller_dir=Path.cwd(), is_head_local=is_head_local)
+    client = _open_client(url)
+    with tempfile.TemporaryDirectory(prefix="pixellm-submit-") as scratch:
+        working_dir = Path(scratch) / "job"
+        working_dir.mkdir()
+        for name, text in plan.files.items():
+            (working_dir / name).write_text(text, encoding="utf-8")
+        wheel = build_wheel(Path(scratch) / "wheel")
+        return JobHandle(client, _submit(client, plan, wheel, working_dir))
+
+
+def submit_from_command_line(words: Sequence[str], *, address: str | None = None) -> int:
+    """`pixellm submit WORDS`: submits, prints the job id, and with `--wait` follows the job.
+
+    Returns:
+        Exit code: the job's with `--wait`, else 0.
+
+    Raises:
+        ConfigError, ClusterError: as `submit`.
+    """
+    options = parse_submit_words(words)
+    url = _dashboard_url(options.address or address)
+    job = submit(options.command, address=url)
+    print(f"job {job.job_id} submitted to {url}", flush=True)
+    if not options.wait:
+        print(f"follow it: pixellm jobs logs {job.job_id} --follow --address {url}", flush=True)
+        return 0
+    try:
+        code = job.follow()
+    except KeyboardInterrupt:
+        print(f"\nthe job runs on; stop it: pixellm jobs stop {job.job_id} --address {url}", flush=True)
+        return _EXIT_STOPPED
+    status = job.status()
+    print(f"job {job.job_id} {status.lower()}" + ("" if status == "SUCCEEDED" else f" (exit code {code})"), flush=True)
+    if status == "FAILED" and not job.logs().strip():
+        print(job.message(), file=sys.stderr)  # it never started: only Ray knows why
+    return code
+
+
+def list_jobs(address: str) -> JobList:
+    """The submitted jobs of a cluster, newest first.
+
+    Raises:
+        ClusterError: the cluster does not answer.
+    """
+    url = _dashboard_url(address)
+    client = _open_client(url)
+    with _cluster_errors("the list of jobs"):
+        found = [details for details in client.list_jobs() if details.submission_id]
+    rows = [
+        JobRow(
+            details.submission_id,
+            details.status.value,
+            (details.metadata or {}).get("pixellm.command") or details.entrypoint,
+            details.start_time,
+            details.end_time,
+            details.driver_exit_code,
+        )
+        for details in found
+    ]
+    return JobList(url, tuple(sorted(rows, key=lambda row: -(row.start_ms or 0))))
+
+
+def job_status(job_id: str, address: str) -> str:
+    """The state of a job in one line.
+
+    Raises:
+        ClusterError: the cluster does not answer, or has no such job.
+    """
+    job = JobHandle.open(job_id, address)
+    status = job.status()
+    return f"{status} (exit code {job.exit_code()})" if status == "FAILED" else status
+
+
+def print_logs(job_id: str, address: str, *, follow: bool = False) -> None:
+    """Prints what a job printed, until it ends with `follow`.
+
+    Raises:
+        ClusterError: the cluster does not answer, or has no such job.
+    """
+    job = JobHandle.open(job_id, address)
+    if follow:
+        job.follow()
+    else:
+        print(job.logs(), end="", flush=True)
+
+
+def stop_job(job_id: str, address: str) -> str:
+    """Asks a job to stop and waits until it has; training leaves a checkpoint. Returns one line on what happened.
+
+    Raises:
+        ClusterError: the cluster does not answer, or has no such job.
+    """
+    job = JobHandle.open(job_id, address)
+    before = job.status()
+    if before in _ENDED:
+        return f"job {job_id} had ended: {before}"
+    job.stop()
+    job.wait()
+    return f"job {job_id} {job.status()}"
+
+
+def _submit(client: Any, plan: Submission, wheel: Path, working_dir: Path) -> str:
+    with _cluster_errors("the submission"):
+        return str(
+            client.submit_job(
+                entrypoint=plan.entrypoint,
+                runtime_env=runtime_env(wheel, plan.env_vars) | {"working_dir": str(working_dir)},
+                metadata=plan.metadata,
+            )
+        )
+
+
+def _dashboard_url(address: str | None) -> str:
+    known = from_environment()
+    url = address or known.get("RAY_API_SERVER_ADDRESS") or known.get("RAY_ADDRESS")
+    if url is None:
+        raise ConfigError("no cluster is named; give --address http://HEAD:8265, the dashboard that `ray start` prints")
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ConfigError(f"the address {url!r} is not the dashboard's http://HEAD:8265, which `ray start` prints")
+    return url.rstrip("/")
+
+
+def _open_client(address: str) -> Any:
+    from ray.job_submission import JobSubmissionClient  # slow (1 s)
+
+    url = _dashboard_url(address)
+    parts = urlsplit(url)
+    probe(parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80), "Ray dashboard")
+    with _cluster_errors(f"the Ray dashboard at {url}"):
+        # Ray lets its environment variables win over the address that it is given.
+        os.environ["RAY_API_SERVER_ADDRESS"] = url
+        try:
+            return JobSubmissionClient(url)
+        finally:
+            os.environ.pop("RAY_API_SERVER_ADDRESS", None)
+
+
+@contextmanager
+def _cluster_errors(what: str) -> Iterator[None]:
+    """Turns what Ray's client raises into one `ClusterError` line."""
+    import requests  # slow; Ray's job client is built on it
+    from ray.exceptions import RayError
+
+    try:
+        yield
+    except (RuntimeError, OSError, RayError, requests.RequestException, ValueError) as error:
+        lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        raise ClusterError(f"{what}: {lines[-1].strip()[:400]}") from error
