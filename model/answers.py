@@ -175,17 +175,20 @@ def _clean(phrase: str) -> str:
 
 
 def _noun_phrase(words: list[str]) -> str:
-    """From the first determiner that only attaching prepositions separate from the end."""
+    """The last noun phrase, with one more in front of it where a preposition such as `in` attaches the two."""
     lowered = [word.lower() for word in words]
-    starts = [i for i, word in enumerate(lowered) if _DETERMINER.fullmatch(word)]
+    starts = [
+        i
+        for i, word in enumerate(lowered)
+        if _DETERMINER.fullmatch(word) and not (i > 0 and _DETERMINER.fullmatch(lowered[i - 1]))
+    ]
     if not starts:
         return " ".join(words)
-    start = starts.pop()
-    while starts:
-        between = lowered[starts[-1] + 1 : start]
-        if not between or not _ATTACHING.fullmatch(between[-1]) or any(map(_AUXILIARY.fullmatch, between)):
-            break
-        start = starts.pop()
+    start = starts[-1]
+    if len(starts) > 1:
+        between = lowered[starts[-2] + 1 : start]
+        if _ATTACHING.fullmatch(between[-1]) and not any(map(_AUXILIARY.fullmatch, between)):
+            start = starts[-2]
     return " ".join(words[start:])
 
 

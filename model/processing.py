@@ -154,9 +154,10 @@ class PixelLMProcessor:
         settings_path = Path(path) / _SETTINGS_FILE
         if not settings_path.is_file():
             raise ModelLoadError(f"{path} has no {_SETTINGS_FILE}; it is not a model folder that pixellm saved")
-        settings = json.loads(settings_path.read_text(encoding="utf-8"))
-        settings.pop("processor_class", None)
         try:
+            settings = json.loads(settings_path.read_text(encoding="utf-8"))
+            settings.pop("processor_class", None)
+            json.loads((Path(path) / "tokenizer.json").read_text(encoding="utf-8"))
             tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
             return cls(tokenizer, **settings)
         except (OSError, ValueError, TypeError) as error:
