@@ -5,6 +5,7 @@ command (`pixellm.jobs.submission`). Its exit code is this command's exit code.
 """
 
 import asyncio
+import logging
 import os
 import sys
 import tempfile
@@ -18,12 +19,16 @@ from urllib.parse import urlsplit
 
 from pixellm.errors import ClusterError, ConfigError
 from pixellm.jobs.submission import Submission, parse_submit_words, plan_submission
-from pixellm.platform.cluster import is_local_host, probe, runtime_env
+from pixellm.platform.cluster import is_local_host, probe, runtime_env, use_local_token
 from pixellm.platform.settings import from_environment
 from pixellm.platform.wheel import build_wheel
 
 _ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 _POLL_S = 0.5
+_ANSWER_TIMEOUT_S = 10.0
+_TOKEN_HELP = (
+    "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN (or RAY_AUTH_TOKEN_PATH) to the token that its head was started with"
+)
 _EXIT_STOPPED = 130
 
 
@@ -312,9 +317,12 @@ def _dashboard_url(address: str | None) -> str:
 def _open_client(address: str) -> Any:
     from ray.job_submission import JobSubmissionClient  # slow (1 s)
 
+    for name in ("dashboard.modules.job.sdk", "dashboard.modules.dashboard_sdk", "_private.runtime_env.packaging"):
+        logging.getLogger(f"ray.{name}").setLevel(logging.WARNING)  # they announce each upload and connection
     url = _dashboard_url(address)
     parts = urlsplit(url)
     probe(parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80), "Ray dashboard")
+    _present_token(url)
     with _cluster_errors(f"the Ray dashboard at {url}"):
         # Ray lets its environment variables win over the address that it is given.
         os.environ["RAY_API_SERVER_ADDRESS"] = url
@@ -324,14 +332,36 @@ def _open_client(address: str) -> Any:
             os.environ.pop("RAY_API_SERVER_ADDRESS", None)
 
 
+def _present_token(url: str) -> None:
+    """Presents Ray's token where the cluster wants one and is this machine; elsewhere the user says so."""
+    import requests  # slow; Ray's job client is built on it
+
+    try:
+        answer = requests.get(f"{url}/api/authentication_mode", timeout=_ANSWER_TIMEOUT_S)
+        mode = answer.json().get("authentication_mode") if answer.ok else "disabled"  # older clusters know no tokens
+    except (requests.RequestException, ValueError, AttributeError):
+        raise ClusterError(
+            f"what answers at {url} is not a Ray dashboard; give --address http://HEAD:8265, which `ray start` prints"
+        ) from None
+    if mode != "token":
+        return
+    from ray._private.authentication.authentication_utils import is_token_auth_enabled  # slow; no public equal
+
+    is_presented = use_local_token() if is_local_host(urlsplit(url).hostname or "") else is_token_auth_enabled()
+    if not is_presented:
+        raise ClusterError(f"the cluster at {url} wants a token; {_TOKEN_HELP}")
+
+
 @contextmanager
 def _cluster_errors(what: str) -> Iterator[None]:
     """Turns what Ray's client raises into one `ClusterError` line."""
     import requests  # slow; Ray's job client is built on it
-    from ray.exceptions import RayError
+    from ray.exceptions import AuthenticationError, RayError
 
     try:
         yield
+    except AuthenticationError as error:
+        raise ClusterError(f"{what} refuses our token; {_TOKEN_HELP}") from error
     except (RuntimeError, OSError, RayError, requests.RequestException, ValueError) as error:
         lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         raise ClusterError(f"{what}: {lines[-1].strip()[:400]}") from error

@@ -108,6 +108,23 @@ def is_local_host(host: str) -> bool:
     return True
 
 
+def use_local_token() -> bool:
+    """Lets Ray present its token (`RAY_AUTH_TOKEN`, `RAY_AUTH_TOKEN_PATH`, `~/.ray/auth_token`), if there is one.
+
+    Ray does so by itself only for a cluster that it finds or starts, never for an address that it is given: a token is
+    not for whoever listens there. Call this for an address on this machine only. `RAY_AUTH_MODE`, when set, decides.
+
+    Returns:
+        Whether Ray presents a token now.
+    """
+    # The one function of Ray that enables the token in a running process; there is no public one.
+    from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
+
+    # It announces "enabled for this cluster", which is for whoever starts one.
+    logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
+    return bool(maybe_enable_token_auth_if_token_available(warn_if_disabled=False))
+
+
 def probe(host: str, port: int, what: str, timeout_s: float = _PROBE_TIMEOUT_S) -> None:
     """Opens and closes a TCP connection.
 
@@ -156,7 +173,10 @@ def _join(address: str, env_vars: Mapping[str, str] | None) -> None:
     host, _, port = target.removeprefix("ray://").rpartition(":")
     if not host or not port.isdigit():
         raise ConfigError(f"cluster.address is {address!r}; wanted host:port, ray://host:port, auto or local")
-    probe(host.strip("[]"), int(port), "Ray cluster")
+    host = host.strip("[]")
+    probe(host, int(port), "Ray cluster")
+    if is_local_host(host):
+        use_local_token()
     with tempfile.TemporaryDirectory(prefix="pixellm-wheel-") as scratch:
         wheel = None if is_inside_ray_job() else build_wheel(scratch)
         try:
