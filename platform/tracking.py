@@ -43,11 +43,14 @@ class RunReference:
     run_id: str
 
 
-def store_address(tracking: TrackingSettings) -> str:
+def store_address(tracking: TrackingSettings, *, make_folder: bool = True) -> str:
     """Where MLflow's store is, as an absolute address (workers have another working directory).
 
-    `tracking.uri` wins, then `MLFLOW_TRACKING_URI`, then a SQLite file `mlflow.db` under `tracking.root`, whose folder
-    is made.
+    `tracking.uri` wins, then `MLFLOW_TRACKING_URI`, then a SQLite file `mlflow.db` under `tracking.root`.
+
+    Args:
+        tracking: the settings.
+        make_folder: makes the folder of the SQLite file.
 
     Raises:
         ConfigError: `tracking.root` is a URI and no store address is given (SQLite needs a folder).
@@ -60,7 +63,8 @@ def store_address(tracking: TrackingSettings) -> str:
                 "to an MLflow server or database, or tracking.root to a local folder"
             )
         root = Path(tracking.root).absolute()
-        _make_folder(root)
+        if make_folder:
+            _make_folder(root)
         return f"sqlite:///{root / 'mlflow.db'}"
     if uri.startswith("sqlite:///") and not uri.startswith("sqlite:////"):
         return f"sqlite:///{Path(uri.removeprefix('sqlite:///')).absolute()}"
