@@ -3,19 +3,13 @@
 `stream_batches` lets Ray Data run the work on the cluster's CPUs and is built inside each rank: a dataset handed to a
 trainer is split by blocks, so its global batches would depend on the number of ranks. `iterate_batches` does the same
 in this process, for evaluation and for proving that both give one sequence.
-
-A block of encoded samples travels as one pickled value: that costs one copy and no per-column work, and a sample may
-be any picklable object.
 """
 
-import hashlib
-import pickle
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
-from pixellm.errors import ConfigError, PixelLMError
+from pixellm.errors import ConfigError
 from pixellm.platform.data.compose import Dialogue, QuestionSource
 from pixellm.platform.data.order import Draw, MixtureOrder
 from pixellm.platform.data.schema import Row
@@ -24,9 +18,6 @@ Example = TypeVar("Example")
 
 #: Turns a row, the dialogue composed about it and its draw into what the consumer wants.
 Encode = Callable[[Row, Dialogue, Draw], Example]
-
-_BLOCK_COLUMN = "examples"
-_MAX_STORED_BYTES = 512 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,13 +124,16 @@ def stream_batches(
     part = RankSlice(global_batch_size, rank, world_size, start_position, num_positions)
     if not len(part):
         return
-    dataset = _block_dataset(SampleReader(sources, order, encode), part, block_size, task_cpus, max_tasks)
-    waiting: list[Example] = []
-    for block in _blocks(dataset):
-        waiting += block
-        while len(waiting) >= part.batch_size:
-            yield waiting[: part.batch_size]
-            del waiting[: part.batch_size]
+    from pixellm.platform.data.ray_blocks import stream_blocks  # Ray Data is slow to import
+
+    blocks = _SampleBlocks(SampleReader(sources, order, encode), part, block_size)
+    samples = stream_blocks(blocks.make, len(blocks), task_cpus=task_cpus, max_tasks=max_tasks)
+    batch: list[Example] = []
+    for sample in samples:
+        batch.append(sample)
+        if len(batch) == part.batch_size:
+            yield batch
+            batch = []
 
 
 def iterate_batches(
@@ -160,77 +154,17 @@ def iterate_batches(
         yield [reader.read(part.position(index)) for index in range(first, first + part.batch_size)]
 
 
-def _block_dataset(
-    reader: SampleReader[Any], part: RankSlice, block_size: int, task_cpus: float, max_tasks: int | None
-) -> Any:
-    """A Ray dataset with one row per block of samples, the block's number, turned into the block's samples."""
-    import ray  # slow to import; only who streams needs it
-    from ray import cloudpickle
+@dataclass(frozen=True, slots=True)
+class _SampleBlocks(Generic[Example]):
+    """One rank's samples in blocks: block k holds its local samples [k·size, (k+1)·size)."""
 
-    num_blocks = -(-len(part) // block_size)
-    packed = cloudpickle.dumps(reader)
-    digest = hashlib.sha256(packed).hexdigest()
+    reader: SampleReader[Example]
+    part: RankSlice
+    size: int
 
-    def read_blocks(table: Any) -> Any:
-        import pyarrow as pa
+    def __len__(self) -> int:
+        return -(-len(self.part) // self.size)
 
-        worker_reader = _unpack_reader(digest, _Packed(packed))
-        blocks = []
-        for number in table["id"].to_pylist():
-            indices = range(number * block_size, min((number + 1) * block_size, len(part)))
-            examples = [worker_reader.read(part.position(index)) for index in indices]
-            blocks.append(pickle.dumps(examples, protocol=5))
-        return pa.table({_BLOCK_COLUMN: pa.array(blocks, pa.large_binary())})
-
-    dataset = ray.data.range(num_blocks, override_num_blocks=num_blocks)
-    dataset.context.execution_options.preserve_order = True
-    dataset.context.execution_options.resource_limits = ray.data.ExecutionResources(
-        object_store_memory=_MAX_STORED_BYTES
-    )
-    dataset.context.enable_progress_bars = False
-    return dataset.map_batches(
-        read_blocks, batch_size=1, batch_format="pyarrow", num_cpus=task_cpus, concurrency=max_tasks
-    )
-
-
-def _blocks(dataset: Any) -> Iterator[list[Any]]:
-    import ray
-
-    try:
-        for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2):
-            for block in table[_BLOCK_COLUMN]:
-                yield pickle.loads(block.as_buffer())
-    except ray.exceptions.RayError as error:
-        ours = _cause_of_ours(error)
-        if ours is None:
-            raise
-        raise ours from error
-
-
-def _cause_of_ours(error: BaseException | None) -> PixelLMError | None:
-    """The error of our own that a task failed with, out of the wrappers that it arrived in."""
-    while error is not None:
-        if isinstance(error, PixelLMError):
-            return error
-        error = getattr(error, "cause", None) or error.__cause__
-    return None
-
-
-class _Packed:
-    """Bytes that all compare equal, so that a cache looks at the digest beside them only."""
-
-    def __init__(self, content: bytes) -> None:
-        self.content = content
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Packed)
-
-    def __hash__(self) -> int:
-        return 0
-
-
-@lru_cache(maxsize=4)
-def _unpack_reader(digest: str, packed: _Packed) -> SampleReader[Any]:
-    """The reader of a stream, once per worker process: its tokenizer and open files live as long as the process."""
-    del digest  # the cache's key
-    return pickle.loads(packed.content)  # type: ignore[no-any-return]
+    def make(self, number: int) -> list[Example]:
+        local_indices = range(number * self.size, min((number + 1) * self.size, len(self.part)))
+        return [self.reader.read(self.part.position(index)) for index in local_indices]

@@ -28,7 +28,9 @@ def test_permute_sends_a_place_everywhere_equally_often() -> None:
 
 @given(SIZES, st.data(), st.integers(0, 2**31))
 @settings(max_examples=60, deadline=None)
-def test_each_sample_of_each_source_comes_exactly_once_per_epoch(sizes: list[int], data: st.DataObject, seed: int) -> None:
+def test_each_sample_of_each_source_comes_exactly_once_per_epoch(
+    sizes: list[int], data: st.DataObject, seed: int
+) -> None:
     weights = data.draw(st.lists(st.integers(1, 6), min_size=len(sizes), max_size=len(sizes)))
     order = MixtureOrder(sizes, weights, seed)
 
@@ -86,14 +88,11 @@ def test_rational_weights_become_the_smallest_exact_block(weights: list[float], 
     assert quantise(weights) == slots
 
 
-@given(st.lists(st.floats(0.01, 100), min_size=1, max_size=6))
+@given(st.lists(st.floats(0.1, 100), min_size=1, max_size=6))
 @settings(max_examples=100, deadline=None)
 def test_any_weights_are_kept_to_a_tenth_of_a_percent_point(weights: list[float]) -> None:
-    try:
-        slots = quantise(weights)
-    except ConfigError as error:
-        assert "too far apart" in str(error)
-        return
+    slots = quantise(weights)
+
     for slot, weight in zip(slots, weights, strict=True):
         assert slot / sum(slots) == pytest.approx(weight / sum(weights), abs=1e-3)
 
