@@ -144,10 +144,11 @@ class StepLoop:
         with self._wake:
             if self._is_closing:
                 raise ServingError("the engine is closed; make a new one")
-            has_slot = len(self._running) + len(self._waiting) < self._limits.max_batch_size
-            if len(self._waiting) >= self._limits.max_waiting and not has_slot:
+            num_known, limits = len(self._running) + len(self._waiting), self._limits
+            if num_known >= limits.max_batch_size + limits.max_waiting:
                 raise OverloadedError(
-                    f"{len(self._waiting)} requests wait already (max_waiting {self._limits.max_waiting}); try again"
+                    f"{num_known} requests run or wait already (max_batch_size {limits.max_batch_size}, max_waiting "
+                    f"{limits.max_waiting}); try again"
                 )
             self._waiting[request.request_id] = request
             self._wake.notify()

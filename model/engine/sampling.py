@@ -1,7 +1,8 @@
 """Chooses next tokens: greedy, or temperature and top-p with each request's own random numbers.
 
 Outside a group, only its first codebook token may be sampled; inside one nothing is sampled at all, because the group
-is committed whole. A row's choice depends on its own logits and generator only, never on what runs beside it.
+is committed whole. A row's choice depends on its own logits and generator only, never on what runs beside it: adding
+Gumbel noise and taking the best draws from the softmax, and rounding noise in the logits hardly ever changes the best.
 """
 
 from collections.abc import Sequence
@@ -25,9 +26,10 @@ class RowSampler:
         else:
             self.generator.manual_seed(self.options.seed)
 
-    def next_uniform(self) -> float:
-        """The request's next random number in [0, 1)."""
-        return float(torch.rand((), generator=self.generator))
+    def next_gumbel(self, vocab_size: int) -> torch.Tensor:
+        """The request's next random numbers, fp32 [V], distributed as Gumbel(0, 1)."""
+        uniform = torch.rand(vocab_size, generator=self.generator, dtype=torch.float64)
+        return -(-uniform.clamp_min(torch.finfo(torch.float64).tiny).log()).log().float()
 
 
 def banned_tokens(vocab_size: int, codebook_token_ids: Sequence[int], other_ids: Sequence[int]) -> torch.Tensor:
@@ -64,18 +66,14 @@ def sample_tokens(logits_BV: torch.Tensor, banned_V: torch.Tensor, samplers: Seq
         return greedy.tolist()
     temperature = logits.new_tensor([samplers[row].options.temperature for row in rows])
     top_p = logits.new_tensor([samplers[row].options.top_p for row in rows])
-    uniform = logits.new_tensor([samplers[row].next_uniform() for row in rows])
-    greedy[rows] = _sample_top_p(logits[rows] / temperature[:, None], top_p, uniform)
+    noise = torch.stack([samplers[row].next_gumbel(logits.shape[-1]) for row in rows]).to(logits.device)
+    kept = _keep_top_p(logits[rows] / temperature[:, None], top_p)
+    greedy[rows] = (kept + noise).argmax(-1)
     return greedy.tolist()
 
 
-def _sample_top_p(logits_RV: torch.Tensor, top_p_R: torch.Tensor, uniform_R: torch.Tensor) -> torch.Tensor:
-    """Inverts the distribution function of the smallest set of tokens that reaches `top_p`."""
+def _keep_top_p(logits_RV: torch.Tensor, top_p_R: torch.Tensor) -> torch.Tensor:
+    """Sets what lies outside the smallest set of tokens that reaches `top_p` to −inf."""
     probabilities, order = logits_RV.softmax(-1).sort(dim=-1, descending=True, stable=True)
-    cumulative = probabilities.cumsum(-1)
-    is_kept = cumulative - probabilities < top_p_R[:, None]
-    kept = probabilities * is_kept
-    cumulative = kept.cumsum(-1)
-    wanted = uniform_R[:, None] * cumulative[:, -1:]
-    place = torch.searchsorted(cumulative, wanted, right=True).clamp_max(is_kept.sum(-1, keepdim=True) - 1)
-    return order.gather(-1, place)[:, 0]
+    is_kept = probabilities.cumsum(-1) - probabilities < top_p_R[:, None]
+    return logits_RV.masked_fill(~torch.zeros_like(is_kept).scatter(-1, order, is_kept), float("-inf"))
