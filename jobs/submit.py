@@ -26,6 +26,7 @@ from pixellm.platform.wheel import build_wheel
 _ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 _POLL_S = 0.5
 _ANSWER_TIMEOUT_S = 10.0
+_HEAD_TIMEOUT_S = 30.0
 _TOKEN_HELP = (
     "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN (or RAY_AUTH_TOKEN_PATH) to the token that its head was started with"
 )
@@ -189,9 +190,8 @@ def submit(command: Sequence[str], *, address: str | None = None) -> JobHandle:
         ClusterError: nothing answers there, it refuses us, or the wheel cannot be built.
     """
     url = _dashboard_url(address)
-    is_head_local = is_local_host(urlsplit(url).hostname or "")
-    plan = plan_submission(command, caller_dir=Path.cwd(), is_head_local=is_head_local)
     client = _open_client(url)
+    plan = plan_submission(command, caller_dir=Path.cwd(), is_head_local=_is_head_here(url))
     with tempfile.TemporaryDirectory(prefix="pixellm-submit-") as scratch:
         working_dir = Path(scratch) / "job"
         working_dir.mkdir()
@@ -323,13 +323,34 @@ def _open_client(address: str) -> Any:
     parts = urlsplit(url)
     probe(parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80), "Ray dashboard")
     _present_token(url)
-    with _cluster_errors(f"the Ray dashboard at {url}"):
-        # Ray lets its environment variables win over the address that it is given.
-        os.environ["RAY_API_SERVER_ADDRESS"] = url
-        try:
-            return JobSubmissionClient(url)
-        finally:
-            os.environ.pop("RAY_API_SERVER_ADDRESS", None)
+    with _cluster_errors(f"the Ray dashboard at {url}"), _addressed(url):
+        return JobSubmissionClient(url)
+
+
+def _is_head_here(url: str) -> bool:
+    """Whether the head runs on this machine, and not behind a tunnel that ends here."""
+    if not is_local_host(urlsplit(url).hostname or ""):
+        return False
+    from ray.util.state import list_nodes  # slow
+
+    deadline = time.monotonic() + _HEAD_TIMEOUT_S
+    while time.monotonic() < deadline:
+        with _cluster_errors(f"the nodes of the cluster at {url}"), _addressed(url):
+            heads = list_nodes(address=url, filters=[("is_head_node", "=", "True")])
+        if heads:
+            return is_local_host(heads[0].node_ip)
+        time.sleep(_POLL_S)  # the dashboard answers a few seconds before its node is known
+    raise ClusterError(f"the cluster at {url} has no head node after {_HEAD_TIMEOUT_S:g} s; is it still starting?")
+
+
+@contextmanager
+def _addressed(url: str) -> Iterator[None]:
+    """Ray lets its environment variables win over the address that it is given: for a while, they say the same."""
+    os.environ["RAY_API_SERVER_ADDRESS"] = url
+    try:
+        yield
+    finally:
+        os.environ.pop("RAY_API_SERVER_ADDRESS", None)
 
 
 def _present_token(url: str) -> None:
