@@ -9,6 +9,8 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from pixellm.errors import ModelLoadError
 
 
@@ -27,7 +29,7 @@ def load_with_info(load: Callable[..., Any], path: str | PathLike[str], *args: A
     kwargs["output_loading_info"] = True
     try:
         model, info = load(folder, *args, ignore_mismatched_sizes=True, **kwargs)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelLoadError(f"{folder} could not be loaded: {error}") from error
     return model, info
 

@@ -352,10 +352,11 @@ class PixelLMForConditionalGeneration(PreTrainedModel):
         rows, positions = find_groups(input_ids, self.config.codebook_token_ids)
         if target_rows is None:
             return rows, positions
-        found = torch.bincount(rows, minlength=len(input_ids))
-        wanted = torch.bincount(target_rows, minlength=len(input_ids))
-        if len(found) != len(wanted) or not torch.equal(found, wanted):
-            row = int((found != wanted[: len(found)]).nonzero().flatten()[0]) if len(found) == len(wanted) else -1
+        num_rows = max(len(input_ids), int(target_rows.max()) + 1 if len(target_rows) else 0)
+        found = torch.bincount(rows, minlength=num_rows)
+        wanted = torch.bincount(target_rows, minlength=num_rows)
+        if differing := (found != wanted).nonzero().flatten().tolist():
+            row = differing[0]
             raise DataError(
                 f"row {row} has {int(found[row])} codebook groups and {int(wanted[row])} targets; every target needs "
                 "one group of all codebook tokens in the row's answer"
