@@ -165,13 +165,9 @@ def _check(config: PixelLMConfig) -> None:
         raise ConfigError(
             f"image_size {config.image_size} is no multiple of patch size {config.vision_config.patch_size}"
         )
-    if (
-        config.decoder_hidden_size < 32
-        or config.decoder_hidden_size % 8
-        or (config.decoder_hidden_size // 2) % config.decoder_num_heads
-    ):
+    if config.decoder_hidden_size % 8 or (config.decoder_hidden_size // 2) % config.decoder_num_heads:
         raise ConfigError(
-            f"decoder_hidden_size {config.decoder_hidden_size} must be a multiple of 8 and at least 32, and half of it a multiple of "
+            f"decoder_hidden_size {config.decoder_hidden_size} must be a multiple of 8, and half of it a multiple of "
             f"decoder_num_heads ({config.decoder_num_heads})"
         )
     if config.target_refinement_alpha < 1:
