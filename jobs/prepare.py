@@ -1,6 +1,7 @@
 """Public datasets to shards, what is in shards, and how they look: the jobs behind `pixellm data`."""
 
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -60,6 +61,22 @@ class ShardStats:
         """The numbers as plain JSON values."""
         return asdict(self)
 
+    def to_text(self) -> str:
+        """The numbers as lines for a terminal."""
+        lines = [
+            f"{self.name} at {self.uri} (digest {self.digest[:12]})",
+            f"pictures            {_listed(self.rows_by_source)}",
+            f"targets             {self.targets} and {self.ignore_regions} ignore regions",
+            f"dialogues           {_listed(self.dialogues)}",
+            f"targets/picture     {_listed(self.targets_per_row)}",
+            f"targets/question    {_listed(self.targets_per_question)}",
+            f"share of picture    {_listed(self.area_share)}",
+            f"words in questions  {_spread_text(self.question_words)}",
+            f"words in answers    {_spread_text(self.answer_words)}",
+            f"categories          {_listed(self.categories)}",
+        ]
+        return "\n".join([*lines, *(f"licence             {name}: {n}" for name, n in self.licenses.items())])
+
 
 def prepare(
     source: str,
@@ -109,9 +126,16 @@ def prepare_demo(out_dir: str | Path) -> dict[str, str]:
     return {"segmentation": coco, "vqa": coco, "muse": muse}
 
 
-def show(uri: str | Path, out_png: str | Path, n: int = 12) -> Path:
-    """Draws a contact sheet of the first `n` samples of shards, masks and text included, into a PNG file."""
-    return draw_contact_sheet(open_shards(uri), Path(out_png), n)
+def show(uri: str | Path | Sequence[str | Path], out_png: str | Path, n: int = 12) -> Path:
+    """Draws a contact sheet into a PNG file.
+
+    Args:
+        uri: of shards, or of several.
+        out_png: the file; its folder is made.
+        n: samples, spread evenly over the shards, with their masks, question and answer.
+    """
+    uris = [uri] if isinstance(uri, str | Path) else list(uri)
+    return draw_contact_sheet([open_shards(one) for one in uris], Path(out_png), n)
 
 
 def stats(uri: str | Path) -> ShardStats:
@@ -167,3 +191,11 @@ def _area_label(share: float) -> str:
 
 def _spread(counts: list[int]) -> tuple[float, ...]:
     return (float(min(counts)), float(np.median(counts)), float(max(counts))) if counts else ()
+
+
+def _listed(counts: Mapping[Any, int]) -> str:
+    return ", ".join(f"{key}: {count}" for key, count in counts.items()) or "none"
+
+
+def _spread_text(spread: tuple[float, ...]) -> str:
+    return f"{spread[0]:g} to {spread[2]:g}, median {spread[1]:g}" if spread else "none"

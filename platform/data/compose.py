@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from pixellm.errors import DataError
 from pixellm.platform.data.order import Draw
-from pixellm.platform.data.phrases import plural
+from pixellm.platform.data.phrases import definite, is_described, plural
 from pixellm.platform.data.schema import SEG_MARKER, Row, RowDialogue
 from pixellm.platform.data.shards import ShardedDataset, open_shards
 from pixellm.platform.data.templates import MULTI_ANSWERS, MULTI_QUESTIONS, SINGLE_ANSWERS, SINGLE_QUESTIONS
@@ -148,7 +148,8 @@ def _askable_units(row: Row, limits: ComposeLimits) -> list[_Unit]:
     """Everything in the row that a name singles out, in a fixed order.
 
     A category with several instances is asked for as a whole when all of them fit the limits and no crowd region
-    hides more of them; its instances are asked for one by one where their phrase is unique.
+    hides more of them (described targets, as in MUSE, are a selection: their category is never taken for complete).
+    Its instances are asked for one by one where their phrase is unique.
     """
     min_area = limits.min_target_share * row.height * row.width
     real = [index for index, target in enumerate(row.targets) if not target.is_ignore]
@@ -159,11 +160,15 @@ def _askable_units(row: Row, limits: ComposeLimits) -> list[_Unit]:
     for category in dict.fromkeys(row.targets[index].category for index in real):
         members = [index for index in real if row.targets[index].category == category]
         units += [
-            _Unit(f"the {row.targets[index].phrase}", (index,), (f"the {row.targets[index].phrase}",))
+            _Unit(definite(row.targets[index].phrase), (index,), (definite(row.targets[index].phrase),))
             for index in members
             if index in big_enough and phrase_counts[row.targets[index].phrase] == 1 and category not in crowded
         ]
-        is_whole = big_enough.issuperset(members) and category not in crowded
+        is_whole = (
+            big_enough.issuperset(members)
+            and category not in crowded
+            and not any(is_described(row.targets[index].phrase) for index in members)
+        )
         if is_whole and 1 < len(members) <= limits.max_targets:
             units.append(_Unit(f"all the {plural(category)}", tuple(members), _each_named(row, members)))
     return units
@@ -173,10 +178,9 @@ def _each_named(row: Row, members: Sequence[int]) -> tuple[str, ...]:
     """Names for the members of a whole category: their own phrases if all differ, else counted ones."""
     phrases = [row.targets[index].phrase for index in members]
     if len(set(phrases)) == len(phrases):
-        return tuple(f"the {phrase}" for phrase in phrases)
-    return ("one " + row.targets[members[0]].category,) + ("another " + row.targets[members[0]].category,) * (
-        len(members) - 1
-    )
+        return tuple(definite(phrase) for phrase in phrases)
+    category = row.targets[members[0]].category
+    return (f"one {category}",) + (f"another {category}",) * (len(members) - 1)
 
 
 def _usable_dialogues(row: Row, group: Group, limits: ComposeLimits) -> list[RowDialogue]:

@@ -4,15 +4,16 @@ The words in an answer that belong to a mask carry its colour, so that a wrong p
 """
 
 import colorsys
+import importlib.util
 import io
-import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from pixellm.platform.data.compose import ComposeLimits, Dialogue, Turn, can_compose, compose
+from pixellm.platform.data.compose import ComposeLimits, Dialogue, Group, can_compose, compose
 from pixellm.platform.data.schema import SEG_MARKER, Row
 from pixellm.platform.data.shards import ShardedDataset
 from pixellm.platform.masks import rle_decode
@@ -22,28 +23,36 @@ _PICTURE_HEIGHT = 300
 _TEXT_HEIGHT = 150
 _MARGIN = 14
 _COLUMNS = 4
-_FONT_PX = 15
+_FONT_PX = 14
 _TITLE_PX = 12
 _INK = (30, 30, 34)
 _GREY = (120, 120, 128)
 
+_MARKER_WORD = "\0"
+
 Color = tuple[int, int, int]
+_Font = ImageFont.ImageFont | ImageFont.FreeTypeFont
 
 
-def draw_contact_sheet(dataset: ShardedDataset, out_png: Path, count: int = 12, *, seed: int = 0) -> Path:
-    """Draws samples spread evenly over the dataset.
+def draw_contact_sheet(datasets: Sequence[ShardedDataset], out_png: Path, count: int = 12, *, seed: int = 0) -> Path:
+    """Draws samples spread evenly over the datasets, their kinds of questions in turn.
 
     Args:
-        dataset: shards of any kind; each sample shows the richest question its row can give.
+        datasets: shards of any kind, at least one.
         out_png: the file to write; its folder is made.
         count: samples, at most.
         seed: of the composed questions.
     """
-    numbers = np.unique(np.linspace(0, len(dataset) - 1, min(count, len(dataset))).round().astype(int))
-    cells = [draw_sample(*_row_and_dialogue(dataset, int(number), seed)) for number in numbers]
+    places = [(dataset, number) for dataset in datasets for number in range(len(dataset))]
+    chosen = np.unique(np.linspace(0, len(places) - 1, min(count, len(places))).round().astype(int))
+    cells = []
+    for position, place in enumerate(chosen):
+        dataset, number = places[int(place)]
+        row = dataset.read_row(number)
+        cells.append(draw_sample(row, _some_dialogue(row, position, seed)))
     columns = min(_COLUMNS, len(cells))
-    rows = -(-len(cells) // columns)
     step_x, step_y = _CELL_WIDTH + _MARGIN, _PICTURE_HEIGHT + _TEXT_HEIGHT + _MARGIN
+    rows = -(-len(cells) // columns)
     sheet = Image.new("RGB", (columns * step_x + _MARGIN, rows * step_y + _MARGIN), "white")
     for position, cell in enumerate(cells):
         sheet.paste(cell, (_MARGIN + position % columns * step_x, _MARGIN + position // columns * step_y))
@@ -79,20 +88,24 @@ def paint_masks(
 
 def palette(count: int) -> list[Color]:
     """Colours far apart in hue, strong enough to be read as text on white."""
-    hues = [(0.98 + index * 0.618034) % 1.0 for index in range(count)]
-    return [
-        tuple(round(255 * part) for part in colorsys.hsv_to_rgb(hue, 0.9, 0.72 if 0.1 < hue < 0.55 else 0.9))  # type: ignore[misc]
-        for hue in hues
-    ]
+    colors: list[Color] = []
+    for index in range(count):
+        hue = (0.98 + index * 0.618034) % 1.0
+        red, green, blue = colorsys.hsv_to_rgb(hue, 0.9, 0.72 if 0.1 < hue < 0.55 else 0.9)
+        colors.append((round(255 * red), round(255 * green), round(255 * blue)))
+    return colors
 
 
-def _row_and_dialogue(dataset: ShardedDataset, number: int, seed: int) -> tuple[Row, Dialogue | None]:
-    row = dataset.read_row(number)
-    limits = ComposeLimits(max_targets=6, min_target_share=0.002)
-    for group in ("muse", "segmentation", "vqa"):
-        if can_compose(row, group, limits):  # type: ignore[arg-type]
-            return row, compose(row, group, np.random.default_rng([seed, number]), limits)  # type: ignore[arg-type]
-    return row, None
+def _some_dialogue(row: Row, position: int, seed: int) -> Dialogue | None:
+    """The row's reasoning question, or else referring questions and plain ones in turn over the sheet."""
+    limits = ComposeLimits(max_targets=5, min_target_share=0.005)
+    kinds: tuple[Group, ...] = (
+        ("muse",) if can_compose(row, "muse", limits) else ("segmentation", "segmentation", "vqa")
+    )
+    usable = [kind for kind in kinds if can_compose(row, kind, limits)]
+    if not usable:
+        return None
+    return compose(row, usable[position % len(usable)], np.random.default_rng([seed, position]), limits)
 
 
 def _outline(mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
@@ -105,8 +118,7 @@ def _outline(mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
 
 
 def _write_text(draw: ImageDraw.ImageDraw, row: Row, dialogue: Dialogue | None, colors: list[Color]) -> None:
-    title = ImageFont.load_default(_TITLE_PX)
-    font = ImageFont.load_default(_FONT_PX)
+    font, title = _font(_FONT_PX), _font(_TITLE_PX)
     top = _PICTURE_HEIGHT + 4
     kind = dialogue.kind if dialogue else "no question"
     draw.text((0, top), f"{row.source} {row.image_id} · {kind} · {row.width}×{row.height}", _GREY, font=title)
@@ -116,42 +128,55 @@ def _write_text(draw: ImageDraw.ImageDraw, row: Row, dialogue: Dialogue | None, 
         top = _flow(draw, [(word, _GREY) for word in f"Q: {turn.question}".split()], top, font)
         turn_colors = colors[used : used + len(turn.target_indices)]
         used += len(turn.target_indices)
-        top = _flow(draw, _coloured_words(turn, turn_colors), top + 2, font) + 4
+        names = [row.targets[index].phrase for index in turn.target_indices]
+        top = _flow(draw, _coloured_words(turn.answer, names, turn_colors), top + 2, font) + 4
 
 
-def _coloured_words(turn: Turn, colors: list[Color]) -> list[tuple[str, Color]]:
-    """The answer's words; those before a marker, back to the last break, take the colour of its mask."""
+def _coloured_words(answer: str, names: list[str], colors: list[Color]) -> list[tuple[str, Color]]:
+    """The answer's words; a target's name and its marker take the colour of its mask.
+
+    The name is looked for before the marker; where the answer words it differently, only the marker is coloured.
+    """
     words: list[tuple[str, Color]] = [("A:", _INK)]
-    pieces = turn.answer.split(SEG_MARKER)
-    for position, piece in enumerate(pieces):
-        plain, name = piece, ""
-        if position < len(colors):
-            cut = max(
-                (match.end() for match in re.finditer(r"(?:^|[,.;:]|\band\b|\bis\b|\bare\b)\s", piece)), default=0
-            )
-            plain, name = piece[:cut], piece[cut:]
-        words += [(word, _INK) for word in plain.split()]
-        if position < len(colors):
-            words += [(word, colors[position]) for word in f"{name} ■".split()]
-    return words
+    *named_pieces, rest = answer.split(SEG_MARKER)
+    for piece, name, color in zip(named_pieces, names, colors, strict=True):
+        start = piece.lower().rfind(name.lower())
+        end = start + len(name) if start >= 0 else 0
+        start = max(start, 0)
+        words += [(word, _INK) for word in piece[:start].split()]
+        words += [(word, color) for word in piece[start:end].split()]
+        words += [(word, _INK) for word in piece[end:].split()]
+        words.append((_MARKER_WORD, color))
+    return words + [(word, _INK) for word in rest.split()]
 
 
-def _flow(
-    draw: ImageDraw.ImageDraw,
-    words: list[tuple[str, Color]],
-    top: int,
-    font: ImageFont.ImageFont | ImageFont.FreeTypeFont,
-) -> int:
+def _flow(draw: ImageDraw.ImageDraw, words: list[tuple[str, Color]], top: int, font: _Font) -> int:
     """Writes words with line breaks from `top` down, ending with "…" where the cell ends; returns the next line."""
     line_height = _FONT_PX + 4
     left = 0.0
+    space = draw.textlength(" ", font=font)
     for word, color in words:
-        width = draw.textlength(word + " ", font=font)
-        if left and left + width > _CELL_WIDTH:
+        width = 0.8 * _FONT_PX if word == _MARKER_WORD else draw.textlength(word, font=font)
+        if word[0] in ".,;:!?" and left:
+            left -= space
+        elif left and left + width > _CELL_WIDTH:
             left, top = 0.0, top + line_height
         if top + line_height > _PICTURE_HEIGHT + _TEXT_HEIGHT:
             draw.text((_CELL_WIDTH - 14, top - line_height), "…", _INK, font=font)
             return top
-        draw.text((left, top), word, color, font=font)
-        left += width
+        if word == _MARKER_WORD:
+            draw.rectangle((left, top + 4, left + width - 1, top + 3 + width), fill=color)
+        else:
+            draw.text((left, top), word, color, font=font)
+        left += width + space
     return top + line_height
+
+
+def _font(size_px: int) -> _Font:
+    """DejaVu, which has every letter of a caption, where matplotlib (which MLflow brings) is installed."""
+    matplotlib = importlib.util.find_spec("matplotlib")
+    if matplotlib is not None and matplotlib.origin is not None:
+        path = Path(matplotlib.origin).parent / "mpl-data" / "fonts" / "ttf" / "DejaVuSans.ttf"
+        if path.exists():
+            return ImageFont.truetype(path, size_px)
+    return ImageFont.load_default(size_px)

@@ -10,6 +10,9 @@ _MIN_GAP_SHARE = 0.08
 
 _IRREGULAR_PLURALS = {"person": "people", "mouse": "mice", "knife": "knives", "sheep": "sheep", "man": "men"}
 _IRREGULAR_PLURALS |= {"woman": "women", "child": "children", "goose": "geese", "leaf": "leaves", "shelf": "shelves"}
+_DETERMINERS = frozenset(
+    ("the", "a", "an", "one", "his", "her", "its", "their", "this", "that", "these", "those", "some")
+)
 _ALWAYS_PLURAL = ("scissors", "skis", "pants", "trousers", "glasses", "people", "broccoli", "sheep", "grass")
 
 
@@ -47,9 +50,14 @@ def plural(noun: str) -> str:
     return head + space + _plural_word(last)
 
 
-def is_plural(noun: str) -> bool:
-    """Whether a category name takes "are" although it means one thing ("scissors", "skis")."""
-    return noun.rpartition(" ")[2] in _ALWAYS_PLURAL
+def definite(phrase: str) -> str:
+    """The phrase as it stands in a sentence: with "the", unless it brings its own determiner."""
+    return phrase if is_described(phrase) else f"the {phrase}"
+
+
+def is_described(phrase: str) -> bool:
+    """Whether a phrase is a description in a sentence's form ("the cat on the left") rather than a bare name."""
+    return phrase.partition(" ")[0].lower() in _DETERMINERS
 
 
 def _name_ends(phrases: list[str], category: str, centres: Sequence[float], words: tuple[str, str, str]) -> None:

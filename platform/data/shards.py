@@ -91,7 +91,7 @@ def write_shards(
             counts=dict(sorted(counts.items())),
             licenses=dict(sorted(licenses.items())),
             parts=tuple(parts),
-            notes=dict(notes or {}),
+            notes=json.loads(json.dumps(notes or {})),
         )
         text = json.dumps(info.to_json_dict(), indent=1, ensure_ascii=False)
         (folder / DATASET_FILE).write_text(text + "\n", encoding="utf-8")

@@ -99,6 +99,14 @@ def test_a_category_that_occurs_several_times_is_asked_for_as_a_whole() -> None:
     assert not can_compose(birds, "segmentation", ComposeLimits(2))
 
 
+def test_a_description_keeps_its_own_article_and_is_no_complete_category() -> None:
+    described = [target("cat", (x, 0, x + 9, 20), phrase=f"the cat at {x}") for x in (0, 30)]
+    for seed in range(20):
+        (turn,) = compose(row("a", described), "segmentation", np.random.default_rng(seed), ComposeLimits(2)).turns
+        assert "the the" not in (turn.question + turn.answer).lower()
+        assert "all the cats" not in turn.question
+
+
 def test_crowds_and_small_targets_are_never_asked_for() -> None:
     crowd = row("crowd", [target("person", (0, 0, 9, 9)), target("person", (20, 0, 60, 40), is_ignore=True)])
     small = row("small", [target("cup", (0, 0, 3, 3)), target("cat", (20, 0, 60, 40))])

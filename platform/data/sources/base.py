@@ -25,6 +25,7 @@ from pixellm.platform.masks import (
 
 #: Names listed per reason; beyond it only the count grows.
 MAX_LISTED_NAMES = 200
+_NAMES_IN_TEXT = 5
 
 Progress = Callable[[int, int | None], None]
 
@@ -60,6 +61,19 @@ class PrepareReport:
     def to_json_dict(self) -> dict[str, Any]:
         """The report as plain JSON values."""
         return asdict(self)
+
+    def to_text(self) -> str:
+        """The report as lines for a terminal; of the skipped things, the first few are named."""
+        dialogues = ", ".join(f"{count} {kind} dialogues" for kind, count in self.dialogues.items()) or "no dialogues"
+        lines = [
+            f"{self.source}: kept {self.rows} pictures, {self.targets} targets, {self.ignore_regions} ignore regions, "
+            f"{dialogues}"
+        ]
+        for reason, count in self.skipped.items():
+            names = self.skipped_names[reason]
+            more = ", …" if count > _NAMES_IN_TEXT else ""
+            lines.append(f"skipped {count}: {reason} ({', '.join(names[:_NAMES_IN_TEXT])}{more})")
+        return "\n".join([*lines, f"written to {self.uri} (digest {self.digest[:12]})"])
 
 
 class Ledger:
