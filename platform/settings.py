@@ -21,7 +21,7 @@ from pixellm.errors import ConfigError
 class _Section(BaseModel):
     """A frozen part of the tree that accepts no unknown key."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
 
 
 class ModelSettings(_Section):
@@ -253,8 +253,10 @@ def _read_yaml(path: Path) -> dict[str, Any]:
             f"cannot read the recipe {path}: {error.strerror}; give --config an existing YAML file, or the name of a "
             f"recipe that comes with pixellm: {shipped}"
         ) from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path} is not UTF-8 text; give --config a YAML file") from None
     try:
-        tree = yaml.load(text, Loader=_Yaml12FloatLoader)
+        tree = yaml.load(text, Loader=_RecipeLoader)
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if tree is None:
@@ -263,23 +265,45 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(
             f"{path} holds a {type(tree).__name__}, wanted a mapping of sections (model:, data:, train:, …)"
         )
-    return tree
+    # A section whose lines are all commented out reads as null.
+    return {key: value for key, value in tree.items() if value is not None}
 
 
 def _lay_over(tree: dict[str, Any], override: str) -> None:
     key, separator, text = override.removeprefix("--").partition("=")
     if not separator or not key:
         raise ConfigError(f"override {override!r} is not of the form --section.key=value, e.g. --train.lr=1e-4")
+    try:
+        value = yaml.load(text, Loader=_RecipeLoader)
+    except yaml.YAMLError:
+        raise ConfigError(f"override {override!r}: {text!r} is not a YAML value") from None
     *sections, leaf = key.split(".")
     node: Any = tree
     for section in sections:
-        node = node.setdefault(section, {})
-        if not isinstance(node, dict):
-            raise ConfigError(f"override {override!r}: {section!r} is a value, not a section")
-    try:
-        node[leaf] = yaml.load(text, Loader=_Yaml12FloatLoader)
-    except yaml.YAMLError:
-        raise ConfigError(f"override {override!r}: {text!r} is not a YAML value") from None
+        node = _child(node, section, override)
+    if isinstance(node, list):
+        node[_index(node, leaf, override)] = value
+    else:
+        node[leaf] = value
+
+
+def _child(node: Any, key: str, override: str) -> Any:
+    """The section or list under `key`; an absent or empty section is made."""
+    if isinstance(node, list):
+        child = node[_index(node, key, override)]
+    else:
+        child = node.get(key)
+        if child is None:
+            child = node[key] = {}
+    if not isinstance(child, (dict, list)):
+        raise ConfigError(f"override {override!r}: {key!r} is a value, not a section")
+    return child
+
+
+def _index(items: list[Any], key: str, override: str) -> int:
+    if not key.isdigit() or int(key) >= len(items):
+        raise ConfigError(f"override {override!r}: wanted an index below {len(items)} in the place of {key!r}")
+    return int(key)
 
 
 def _explain(error: ValidationError, where: str) -> str:
@@ -318,12 +342,20 @@ def _flatten(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]
     return leaves
 
 
-class _Yaml12FloatLoader(yaml.SafeLoader):
-    """PyYAML follows YAML 1.1, where `1e-4` is text; recipes write it as a number."""
+class _RecipeLoader(yaml.SafeLoader):
+    """YAML as recipes mean it: `1e-4` is a number (PyYAML follows YAML 1.1, where it is text), a key is given once."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Refuses a key that is given twice; PyYAML would keep the last."""
+        keys = [key.value for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
 
 
-_Yaml12FloatLoader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
-_Yaml12FloatLoader.add_implicit_resolver(
+_RecipeLoader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+_RecipeLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
     list("-+0123456789"),
