@@ -229,9 +229,15 @@ def from_environment() -> dict[str, str]:
 
     `MLFLOW_TRACKING_URI` and `RAY_ADDRESS` stand in for `tracking.uri` and `cluster.address` where the recipe leaves
     them empty; `RAY_API_SERVER_ADDRESS` is where `pixellm submit` goes without `--address`; `PIXELLM_LOG_LEVEL` sets
-    the log level.
+    the log level; `TORCH_EXTENSIONS_DIR` is where torch keeps what it compiles.
     """
-    names = ("MLFLOW_TRACKING_URI", "RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "PIXELLM_LOG_LEVEL")
+    names = (
+        "MLFLOW_TRACKING_URI",
+        "PIXELLM_LOG_LEVEL",
+        "RAY_ADDRESS",
+        "RAY_API_SERVER_ADDRESS",
+        "TORCH_EXTENSIONS_DIR",
+    )
     return {name: os.environ[name] for name in names if os.environ.get(name)}
 
 
