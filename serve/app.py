@@ -210,6 +210,7 @@ class _StopSignal:
 def _start_serve(host: str, port: int) -> bool:
     """Starts Serve's proxy; False when Serve runs on this cluster already, at the same address."""
     from ray import serve
+    from ray.exceptions import RayActorError
     from ray.serve.context import _get_global_client  # the public API does not tell where a running proxy listens
 
     client = _get_global_client(raise_if_no_controller_running=False)
@@ -222,11 +223,13 @@ def _start_serve(host: str, port: int) -> bool:
             )
         return False
     check_port_is_free(host, port)
-    serve.start(
-        proxy_location="HeadOnly",
-        http_options={"host": host, "port": port},
-        logging_config={"log_level": "WARNING", "enable_access_log": False},
-    )
+    with suppress(RayActorError):  # a slow proxy is replaced by the controller; `_wait_until_it_answers` waits for it
+        serve.start(
+            proxy_location="HeadOnly",
+            http_options={"host": host, "port": port},
+            logging_config={"log_level": "WARNING", "enable_access_log": False},
+            controller_options={"runtime_env": {"env_vars": {"RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60"}}},
+        )
     return True
 
 

@@ -110,6 +110,9 @@ class ReplicaBackend:
         except _REPLICA_DIED as error:
             _LOG.warning("a replica died while it streamed an answer: %s", error)
             raise ServingError("the replica that answered died; ask again") from None
+        except (asyncio.CancelledError, GeneratorExit):
+            self._metrics.cancelled.inc()
+            raise
         except Exception as error:
             raise self._translated(error) from None
         finally:

@@ -15,7 +15,7 @@ from PIL import Image, UnidentifiedImageError
 
 from pixellm.errors import BadRequestError
 
-IMAGE_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 _BROKEN = (OSError, ValueError, SyntaxError, TypeError, LookupError, EOFError, OverflowError, struct.error, zlib.error)
 
 
@@ -67,6 +67,12 @@ def image_from_reference(reference: str, *, param: str) -> bytes:
         ) from None
 
 
+def readable_formats() -> tuple[str, ...]:
+    """Formats that are accepted and that this Pillow can read; none that runs code or another program."""
+    Image.init()
+    return tuple(kind for kind in _FORMATS if kind in Image.OPEN)
+
+
 def check_image(image_bytes: bytes, *, max_pixels: int, param: str) -> tuple[int, int]:
     """Reads a picture's header and refuses what must not be decoded.
 
@@ -86,11 +92,11 @@ def check_image(image_bytes: bytes, *, max_pixels: int, param: str) -> tuple[int
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(image_bytes), formats=IMAGE_FORMATS) as image:
+            with Image.open(io.BytesIO(image_bytes), formats=readable_formats()) as image:
                 width, height = image.size
     except UnidentifiedImageError:
         raise BadRequestError(
-            f"{param} is not a picture that can be read; supported are {', '.join(IMAGE_FORMATS)}",
+            f"{param} is not a picture that can be read; supported are {', '.join(readable_formats())}",
             status_code=415,
             param=param,
             code="unsupported_image_format",

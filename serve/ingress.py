@@ -75,8 +75,8 @@ def build_api(backend: Backend, settings: ServeSettings, card: ModelCard, metric
     app.add_api_route("/healthz", routes.healthz, methods=["GET"], response_model=None)
     app.add_api_route("/readyz", routes.readyz, methods=["GET"], response_model=None)
     app.add_api_route("/metrics", routes.metrics_text, methods=["GET"], response_model=None)
-    _add_body_schemas(app)
     _add_page(app)
+    _add_body_schemas(app)
     return WireLayer(app, metrics, card.version, settings.max_body_bytes)
 
 

@@ -3,6 +3,7 @@
 import errno
 import os
 import socket
+from contextlib import suppress
 from pathlib import Path
 
 from pixellm.errors import ServingError
@@ -29,18 +30,22 @@ def check_port_is_free(host: str, port: int) -> None:
 
 def _holder(port: int) -> str:
     """ " by process 123 (python …)", or nothing where the system does not show it (another user, not Linux)."""
-    inodes = _listening_inodes(port)
-    if not inodes:
+    sockets = {f"socket:[{inode}]" for inode in _listening_inodes(port)}
+    if not sockets:
         return ""
     for process in Path("/proc").glob("[0-9]*"):
-        try:
-            links = {os.readlink(entry) for entry in (process / "fd").iterdir()}
-            if links & {f"socket:[{inode}]" for inode in inodes}:
+        with suppress(OSError):  # ended meanwhile, or another user's
+            if any(_link(entry) in sockets for entry in (process / "fd").iterdir()):
                 command = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
                 return f" by process {process.name} ({command[:60]})"
-        except OSError:
-            continue
     return ""
+
+
+def _link(entry: Path) -> str:
+    try:
+        return os.readlink(entry)
+    except OSError:  # closed meanwhile
+        return ""
 
 
 def _listening_inodes(port: int) -> set[str]:

@@ -1,13 +1,9 @@
 """Fixtures of the serving tests: pictures, a model that names targets, and one real service for the whole session."""
 
-import io
 import json
 import shutil
-import socket
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -37,16 +33,18 @@ def photo_masks(demo_data: Path, photo_path: Path) -> dict[str, np.ndarray]:
     return masks
 
 
-def png_bytes(width: int = 8, height: int = 6, **save: Any) -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", (width, height), (200, 40, 40)).save(buffer, "PNG", **save)
-    return buffer.getvalue()
+@pytest.fixture(scope="session")
+def photo(photo_path: Path) -> Image.Image:
+    return Image.open(photo_path).convert("RGB")
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+@pytest.fixture(scope="session")
+def talking_model(photo: Image.Image, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model folder that knows four answers about `photo` (`ANSWERS` in talking_model.py) word by word."""
+    from talking_model import ANSWERS, as_turns, save_talking_model
+
+    folder = tmp_path_factory.mktemp("models") / "talking"
+    return save_talking_model(folder, [(photo, as_turns(conversation)) for conversation in ANSWERS])
 
 
 @pytest.fixture(scope="session")

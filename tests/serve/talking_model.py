@@ -4,6 +4,7 @@ The last layer is solved for: with everything below it fixed and random, the hid
 wanted answers are known vectors, and there is a matrix that maps each to its token. Masks stay random.
 """
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,8 +13,24 @@ from PIL import Image
 
 from pixellm import PixelLMConfig, PixelLMForConditionalGeneration, PixelLMProcessor
 
+TWO_THINGS = ("Segment the two animals.", "Here is the white cat [1] and the small bird [2] in one picture.")
+FOLLOW_UP = ("And the bowl?", "The bowl [1] stands in front.")
+LONG = (
+    "Count.",
+    "one two three four five six seven eight nine ten red green blue black white yellow cat dog bird cow horse sheep "
+    "bear cup fork knife spoon bowl chair couch bed table book clock vase car bus train truck boat bench",
+)
+ANSWERS = ([TWO_THINGS], [TWO_THINGS, FOLLOW_UP], [LONG])
+"""Conversations of (question, answer as the engine gives it); the last answer of each is what the model has to say."""
+
 Example = tuple[Image.Image, list[tuple[str, str, int]]]
 """A picture and turns (question, answer with {seg} markers, number of markers)."""
+
+
+def as_turns(conversation: Sequence[tuple[str, str]]) -> list[tuple[str, str, int]]:
+    """Answers with `{seg}` for `[k]`, as `encode_dialogue` takes them."""
+    marked = [(question, re.sub(r"\[\d+\]", "{seg}", answer)) for question, answer in conversation]
+    return [(question, answer, answer.count("{seg}")) for question, answer in marked]
 
 
 def save_talking_model(folder: Path, examples: Sequence[Example], seed: int = 0) -> Path:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import png_bytes
 from fake_backend import ScriptedBackend, ServedApi, target_part
+from pictures import picture_bytes
 from PIL import Image
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
@@ -218,7 +218,7 @@ def test_a_picture_can_be_pasted_and_dropped(browser: Browser, api: ServedApi) -
       document.body.dispatchEvent(event);
     }"""
     for kind, width in (("paste", 31), ("drop", 47)):
-        page.evaluate(give, [kind, list(png_bytes(width, 23))])
+        page.evaluate(give, [kind, list(picture_bytes(width, 23))])
         page.wait_for_function("width => document.getElementById('picture').naturalWidth === width", arg=width)
     assert page.problems == []  # type: ignore[attr-defined]
     page.close()

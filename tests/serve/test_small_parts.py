@@ -1,0 +1,55 @@
+"""Pure judgements: a stuck engine, a taken port, which model a name means, metrics."""
+
+import os
+import socket
+
+import pytest
+
+from pixellm.errors import ServingError
+from pixellm.serve.metrics import ServiceMetrics
+from pixellm.serve.model_card import ModelCard
+from pixellm.serve.port_check import check_port_is_free
+from pixellm.serve.stall_watch import StallWatch
+
+
+def test_an_engine_is_stuck_only_when_it_has_work_and_makes_no_step_for_longer_than_the_limit() -> None:
+    watch = StallWatch(limit_s=10)
+    assert watch.observe(1, is_busy=True, now_s=0) is None
+    assert watch.observe(1, is_busy=True, now_s=9) is None
+    assert watch.observe(2, is_busy=True, now_s=11) is None  # a step: the clock starts again
+    assert watch.observe(2, is_busy=True, now_s=20) is None
+    assert watch.observe(2, is_busy=False, now_s=100) is None  # nothing to do is not being stuck
+    assert watch.observe(2, is_busy=True, now_s=105) is None
+    assert watch.observe(2, is_busy=True, now_s=111) == 11
+
+
+def test_a_taken_port_is_named_with_its_holder_and_the_option() -> None:
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        holder.listen()
+        port = holder.getsockname()[1]
+        with pytest.raises(ServingError, match=rf"port {port} .* process {os.getpid()} .* --port"):
+            check_port_is_free("127.0.0.1", port)
+    check_port_is_free("127.0.0.1", port)
+
+
+def test_an_address_of_another_machine_is_said_to_be_unusable() -> None:
+    with pytest.raises(ServingError, match=r"192\.0\.2\.77:8000.*--host"):
+        check_port_is_free("192.0.2.77", 8000)
+
+
+def test_a_model_answers_to_its_name_its_version_and_the_reference_it_was_asked_by() -> None:
+    card = ModelCard("pixellm", "3", "models:/pixellm/3", "models:/pixellm@champion", 0)
+    names = (None, "pixellm", "pixellm/3", "models:/pixellm/3", "models:/pixellm@champion")
+    assert all(card.answers_to(name) for name in names)
+    assert not card.answers_to("pixellm/2")
+    assert not card.answers_to("gpt-4o")
+
+
+def test_metrics_are_prometheus_text() -> None:
+    metrics = ServiceMetrics("pixellm", "3")
+    metrics.count_answer(2, 100, 17)
+    text = metrics.exposition().decode()
+    assert "pixellm_targets_total 2.0" in text
+    assert 'pixellm_tokens_total{kind="completion"} 17.0' in text
+    assert 'pixellm_model_info{model="pixellm",version="3"} 1.0' in text
