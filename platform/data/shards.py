@@ -24,6 +24,7 @@ DATASET_FILE = "dataset.json"
 ROW_GROUP_ROWS = 8
 ROWS_PER_PART = 1024
 _CACHED_ROW_GROUPS = 32
+_OPEN_PARTS = 64
 _TEXT_COLUMNS = ["image_id", "source", "height", "width", "license", "targets", "dialogues"]
 
 
@@ -134,7 +135,7 @@ class ShardedDataset:
         self._starts = [0]
         for part in info.parts:
             self._starts.append(self._starts[-1] + part.rows)
-        self._files: dict[int, pq.ParquetFile] = {}
+        self._files: OrderedDict[int, pq.ParquetFile] = OrderedDict()
         self._groups: OrderedDict[tuple[int, int], pa.Table] = OrderedDict()
 
     def __len__(self) -> int:
@@ -195,14 +196,18 @@ class ShardedDataset:
             raise self._damaged(part, error) from None
 
     def _file(self, part: int) -> pq.ParquetFile:
-        if part not in self._files:
+        file = self._files.get(part)
+        if file is None:
             filesystem, base = storage.open_filesystem(self.uri)
             try:
-                source = filesystem.open_input_file(f"{base}/{self.info.parts[part].name}")
-                self._files[part] = pq.ParquetFile(source)
+                file = pq.ParquetFile(filesystem.open_input_file(f"{base}/{self.info.parts[part].name}"))
             except (OSError, pa.ArrowException) as error:
                 raise self._damaged(part, error) from None
-        return self._files[part]
+            self._files[part] = file
+            if len(self._files) > _OPEN_PARTS:
+                self._files.popitem(last=False)
+        self._files.move_to_end(part)
+        return file
 
     def _damaged(self, part: int, error: Exception) -> DataError:
         return DataError(f"cannot read {self.uri}/{self.info.parts[part].name}: {error}; prepare the data again")

@@ -73,6 +73,8 @@ class PrepareReport:
             names = self.skipped_names[reason]
             more = ", …" if count > _NAMES_IN_TEXT else ""
             lines.append(f"skipped {count}: {reason} ({', '.join(names[:_NAMES_IN_TEXT])}{more})")
+        if self.skipped:
+            lines.append("mend these and prepare again to have them; with --strict the first fault is an error")
         return "\n".join([*lines, f"written to {self.uri} (digest {self.digest[:12]})"])
 
 
