@@ -293,7 +293,9 @@ def _local_folder(version: ModelVersion, tracking: TrackingSettings) -> Path:
     import mlflow.artifacts  # slow
 
     root = Path(tracking.root).absolute() if "://" not in tracking.root else Path(tempfile.gettempdir())
-    final = root / "downloads" / f"{version.name}-{version.version}"
+    store = store_address(tracking)
+    digest = hashlib.sha256(f"{store} {version.source}".encode()).hexdigest()[:8]
+    final = root / "downloads" / f"{version.name}-{version.version}-{digest}"
     if final.is_dir():
         return final
     final.parent.mkdir(parents=True, exist_ok=True)
@@ -301,9 +303,7 @@ def _local_folder(version: ModelVersion, tracking: TrackingSettings) -> Path:
         tracking_errors(f"cannot download {version.reference} from {version.source}"),
         tempfile.TemporaryDirectory(prefix=".download-", dir=final.parent) as scratch,
     ):
-        written = mlflow.artifacts.download_artifacts(
-            artifact_uri=version.source, dst_path=scratch, tracking_uri=store_address(tracking)
-        )
+        written = mlflow.artifacts.download_artifacts(artifact_uri=version.source, dst_path=scratch, tracking_uri=store)
         try:
             Path(written).rename(final)
         except OSError:
