@@ -14,7 +14,7 @@ from pixellm.model.tokenization import add_codebook_tokens, load_tiny_tokenizer
 
 LLAMA_VOCAB_SIZE = 32000
 
-_CLIP_L_336 = {
+CLIP_L_336 = {
     "hidden_size": 1024,
     "intermediate_size": 4096,
     "num_hidden_layers": 24,
@@ -50,11 +50,11 @@ def _tiny() -> dict[str, Any]:
             "intermediate_size": 512,
             "num_hidden_layers": 6,
             "num_attention_heads": 4,
-            "patch_size": 14,
-            "image_size": 224,
+            "patch_size": 16,
+            "image_size": 192,
         },
-        "image_size": 224,
-        "image_token_grid": 8,
+        "image_size": 192,
+        "image_token_grid": 6,
         "vision_feature_layers": [-2, -4, -5],
         "projector_hidden_size": 256,
         "decoder_hidden_size": 64,
@@ -102,7 +102,7 @@ def _pixellm_7b() -> dict[str, Any]:
             "max_position_embeddings": 2048,
             "rms_norm_eps": 1e-6,
         },
-        "vision_config": dict(_CLIP_L_336),
+        "vision_config": dict(CLIP_L_336),
         "vision_feature_layers": [-2, -11, -18],
     }
 
@@ -117,7 +117,7 @@ def _pixellm_13b() -> dict[str, Any]:
             "max_position_embeddings": 4096,
             "rms_norm_eps": 1e-5,
         },
-        "vision_config": dict(_CLIP_L_336),
+        "vision_config": dict(CLIP_L_336),
         "vision_feature_layers": [-2, -11, -18],
     }
 

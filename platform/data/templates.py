@@ -28,14 +28,15 @@ MULTI_QUESTIONS = (
     "Could you cut out {objects} from this picture?",
 )
 
-#: The answer to a question for one target.
+#: The answer to a question for one target. The name stands directly before its group: a small network then sees it at
+#: the very position that predicts the group (EXPERIMENTS.md, "Names beside their groups").
 SINGLE_ANSWERS = (
-    "Sure, {named} is {seg}.",
-    "Here is {named}: {seg}.",
-    "{Named} is {seg}.",
+    "Sure, here is {named} {seg}.",
+    "This is {named} {seg}.",
+    "{Named} {seg}.",
     "Of course, this is {named} {seg}.",
     "I found {named} {seg}.",
-    "The mask of {named} is {seg}.",
+    "Here you see {named} {seg}.",
 )
 
 #: The answer to a question for several: `{listed}` is "the cat {seg}, the dog {seg} and the laptop {seg}".

@@ -18,7 +18,13 @@ sys.path.append(str(Path(__file__).parent))  # for `from micro import …`
 
 MICRO: dict[str, Any] = {
     "text_config": {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4},
-    "vision_config": {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 5, "num_attention_heads": 2},
+    "vision_config": {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 5,
+        "num_attention_heads": 2,
+        "patch_size": 14,
+    },
     "image_size": 84,
     "image_token_grid": 3,
     "decoder_hidden_size": 32,

@@ -11,7 +11,7 @@ from pixellm.model.modeling import PARTS, PixelLMForConditionalGeneration
 # name: (D, language MLP, layers, vocabulary), (vision width, MLP, layers, patch, positions), projector hidden,
 # (C, decoder MLP)
 SHAPES = {
-    "tiny": ((192, 512, 4, 1008), (128, 512, 6, 14, 257), 256, (64, 256)),
+    "tiny": ((192, 512, 4, 1008), (128, 512, 6, 16, 145), 256, (64, 256)),
     "small": ((512, 1408, 12, 1008), (384, 1536, 12, 14, 577), 1024, (128, 512)),
     "pixellm-7b": ((4096, 11008, 32, 32008), (1024, 4096, 24, 14, 577), 8192, (256, 2048)),
     "pixellm-13b": ((5120, 13824, 40, 32008), (1024, 4096, 24, 14, 577), 8192, (256, 2048)),

@@ -39,7 +39,7 @@ def test_a_prompt_is_the_released_text_with_the_picture_between_its_marks(proces
         "detailed, and polite answers to the human's questions. USER:<im_start><image><im_end> Segment the cat. "
         "ASSISTANT:"
     )
-    assert ids.count(IMAGE_TOKEN_ID) == processor.num_image_tokens == 64
+    assert ids.count(IMAGE_TOKEN_ID) == processor.num_image_tokens == 36
 
 
 def test_only_answers_and_their_end_are_supervised_and_groups_are_whole(processor: PixelLMProcessor) -> None:
@@ -102,9 +102,9 @@ def test_a_training_sample_has_uint8_pixels_and_masks_on_the_canvas(
     mask[: height // 2] = True
     example = processor.encode_sample(path.read_bytes(), [("What?", "It is {seg}.", 1)], [mask], 56, "sample-1", "muse")
     assert example.pixels.dtype == np.uint8
-    assert example.pixels.shape == (224, 224, 3)
+    assert example.pixels.shape == (192, 192, 3)
     assert example.masks.shape == (1, 56, 56)
-    rows = example.valid_hw[0] * 56 / 224
+    rows = example.valid_hw[0] * 56 / 192
     assert abs(int(example.masks[0, :, 0].sum()) - rows / 2) <= 1
     copy = pickle.loads(pickle.dumps(example))
     np.testing.assert_array_equal(copy.input_ids, example.input_ids)
@@ -133,8 +133,8 @@ def test_collate_pads_right_with_the_pad_id_and_packs_targets(processor: PixelLM
     assert batch["target_masks"].shape == (3, 28, 28)
     assert batch["image_index"].tolist() == [0, 1, 2]
     pixels = batch["pixel_values"]
-    assert pixels.shape == (3, 3, 224, 224)
-    assert pixels[:, :, 149:].abs().max() == 0
+    assert pixels.shape == (3, 3, 192, 192)
+    assert pixels[:, :, 128:].abs().max() == 0
     expected = (torch.tensor([200, 100, 50]) - torch.tensor([123.675, 116.28, 103.53])) / torch.tensor(
         [58.395, 57.12, 57.375]
     )
@@ -201,7 +201,7 @@ def test_a_folder_without_or_with_a_damaged_processor_is_refused(processor: Pixe
 def test_a_processor_of_another_model_is_refused_with_every_difference(processor: PixelLMProcessor) -> None:
     config = PixelLMConfig.from_preset("tiny", tokens_per_scale=2, image_size=448)
     with pytest.raises(
-        ModelLoadError, match=r"codebook_token_ids.*im_start_id.*image_size: tokenizer/processor 224, config 448"
+        ModelLoadError, match=r"codebook_token_ids.*im_start_id.*image_size: tokenizer/processor 192, config 448"
     ):
         processor.check_matches(config)
     with pytest.raises(ConfigError, match="Llama tokenizer"):
