@@ -1,0 +1,1 @@
+"""Evaluation: metrics on masks, and the runs that produce them."""

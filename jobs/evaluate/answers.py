@@ -1,0 +1,112 @@
+"""How a model answers the questions of an evaluation: by itself, or with the words of the true answer given to it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from pixellm.jobs.evaluate.questions import Question
+from pixellm.model.engine import PixelLMEngine
+from pixellm.model.engine.types import GenerationOptions, SegmentRequest
+from pixellm.model.modeling import PixelLMForConditionalGeneration
+from pixellm.model.processing import PixelLMProcessor
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer to one question.
+
+    Attributes:
+        text: words with `[k]` where target k − 1 belongs.
+        phrases: name of each target.
+        masks: bool H×W at the picture's own size.
+        is_ordered: mask k is meant for true target k.
+    """
+
+    text: str
+    phrases: tuple[str, ...]
+    masks: tuple[npt.NDArray[np.bool_], ...]
+    is_ordered: bool
+
+
+class Answerer(Protocol):
+    """Answers a batch of questions, in their order."""
+
+    def answer(self, questions: Sequence[Question]) -> list[Answer]:
+        """One answer per question."""
+        ...
+
+    def close(self) -> None:
+        """Lets go of threads and memory."""
+        ...
+
+
+class GeneratedAnswers:
+    """The engine answers by itself, greedily: what a user gets."""
+
+    def __init__(self, model_dir: Path, *, device: str = "cpu", max_new_tokens: int = 128, batch_size: int = 8) -> None:
+        self._engine = PixelLMEngine.from_pretrained(model_dir, device=device, max_batch_size=batch_size)
+        self._options = GenerationOptions(max_new_tokens=max_new_tokens)
+
+    def answer(self, questions: Sequence[Question]) -> list[Answer]:
+        """One generated answer per question."""
+        requests = [SegmentRequest(question.image, question.prompt, self._options) for question in questions]
+        return [
+            Answer(
+                result.text,
+                tuple(target.phrase for target in result.targets),
+                tuple(target.mask for target in result.targets),
+                is_ordered=False,
+            )
+            for result in self._engine.segment_batch(requests)
+        ]
+
+    def close(self) -> None:
+        """Stops the engine's threads."""
+        self._engine.close()
+
+
+class ForcedAnswers:
+    """Teacher-forced: the true answer is given, only the masks are the model's. One forward per batch."""
+
+    def __init__(self, model_dir: Path, *, device: str = "cpu") -> None:
+        model = PixelLMForConditionalGeneration.from_pretrained(model_dir)
+        self._model = model.to(device).eval()  # type: ignore[arg-type]
+        self._processor = PixelLMProcessor.from_pretrained(model_dir)
+
+    @torch.inference_mode()
+    def answer(self, questions: Sequence[Question]) -> list[Answer]:
+        """The masks of the given answers, in the order of their markers."""
+        examples = [
+            self._processor.encode_sample(
+                question.image,
+                [(question.prompt, question.answer, len(question.masks))],
+                question.masks,
+                8,  # masks are scored at the picture's size; here they only count the groups
+                sample_id=question.sample_id,
+            )
+            for question in questions
+        ]
+        batch = self._processor.collate(examples)
+        names = ("input_ids", "attention_mask", "pixel_values", "image_valid_hw", "image_index", "target_rows")
+        output = self._model(**{name: batch[name].to(self._model.device) for name in names})
+        answers = []
+        for row, (question, example) in enumerate(zip(questions, examples, strict=True)):
+            logits = output.mask_logits[output.target_rows == row]
+            valid, original = tuple(map(int, example.valid_hw)), tuple(map(int, example.original_hw))
+            full = self._processor.post_process(logits.cpu(), valid, original)  # type: ignore[arg-type]
+            masks = tuple((full > 0).numpy())
+            answers.append(Answer(_with_numbers(question.answer), question.phrases, masks, is_ordered=True))
+        return answers
+
+    def close(self) -> None:
+        """Nothing to let go of."""
+
+
+def _with_numbers(answer: str) -> str:
+    first, *rest = answer.split("{seg}")
+    return first + "".join(f"[{number}]{piece}" for number, piece in enumerate(rest, 1))

@@ -1,0 +1,155 @@
+"""Metrics on sets of masks: bipartite matching on IoU, gIoU and cIoU (paper Sec. 4.3 and 5.1).
+
+A question has any number of true targets and any number of predicted ones. They are matched so that the sum of IoUs is
+largest; what is left over on either side counts as IoU 0. gIoU is the mean over all these places, cIoU the sum of all
+intersections over the sum of all unions. A question without targets that gets no mask counts as one place with IoU 1.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from scipy.optimize import linear_sum_assignment
+
+Masks = Sequence[npt.NDArray[np.bool_]]
+
+
+@dataclass(frozen=True)
+class MaskPair:
+    """One place of a question. `truth` or `prediction` is None where the other side is left over.
+
+    Attributes:
+        truth: index of the true target.
+        prediction: index of the predicted one.
+        intersection: pixels of both.
+        union: pixels of either.
+    """
+
+    truth: int | None
+    prediction: int | None
+    intersection: int
+    union: int
+
+    @property
+    def iou(self) -> float:
+        """Intersection over union; 1 where a matched pair is empty on both sides."""
+        if self.union:
+            return self.intersection / self.union
+        return 1.0 if self.truth is not None and self.prediction is not None else 0.0
+
+
+@dataclass(frozen=True)
+class QuestionScore:
+    """The places of one question, and how many targets were asked for and returned."""
+
+    pairs: tuple[MaskPair, ...]
+    num_asked: int
+    num_returned: int
+
+    @property
+    def giou(self) -> float:
+        """Mean IoU over the places; 1 for a question without targets that got none."""
+        return sum(self.ious) / len(self.ious)
+
+    @property
+    def ious(self) -> tuple[float, ...]:
+        """IoU of each place, true targets first."""
+        return tuple(pair.iou for pair in self.pairs) or (1.0,)
+
+
+def overlaps(truths: Masks, predictions: Masks) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Intersections and unions in pixels of every true with every predicted mask, both `[T, P]`."""
+    if not len(truths) or not len(predictions):
+        empty = np.zeros((len(truths), len(predictions)), dtype=np.int64)
+        return empty, empty
+    # float32 counts whole numbers exactly up to 2**24 pixels; beyond, float64.
+    dtype: type[Any] = np.float32 if truths[0].size < 2**24 else np.float64
+    truth_TN: npt.NDArray[Any] = np.stack([mask.ravel() for mask in truths]).astype(dtype)
+    prediction_PN: npt.NDArray[Any] = np.stack([mask.ravel() for mask in predictions]).astype(dtype)
+    both = (truth_TN @ prediction_PN.T).astype(np.int64)
+    areas_T = np.array([np.count_nonzero(mask) for mask in truths], dtype=np.int64)
+    areas_P = np.array([np.count_nonzero(mask) for mask in predictions], dtype=np.int64)
+    return both, areas_T[:, None] + areas_P[None, :] - both
+
+
+def score_question(
+    truths: Masks, predictions: Masks, *, ignore: npt.NDArray[np.bool_] | None = None, is_ordered: bool = False
+) -> QuestionScore:
+    """Scores the answer to one question.
+
+    Args:
+        truths: bool H×W, the targets that were asked for.
+        predictions: bool H×W of the same size, in any order.
+        ignore: bool H×W; pixels that count neither for nor against. A prediction that lies there by more than half is
+            left out.
+        is_ordered: prediction k is meant for target k (teacher-forced); nothing is matched.
+    """
+    if ignore is not None:
+        truths, predictions = _without(truths, predictions, ignore)
+    both, either = overlaps(truths, predictions)
+    if is_ordered:
+        rows = columns = np.arange(min(len(truths), len(predictions)))
+    else:
+        ious = np.where(either > 0, both / np.maximum(either, 1), 1.0)
+        rows, columns = linear_sum_assignment(-ious)
+    matched = {int(row): int(column) for row, column in zip(rows, columns, strict=True)}
+    pairs = [
+        MaskPair(truth, matched[truth], int(both[truth, matched[truth]]), int(either[truth, matched[truth]]))
+        if truth in matched
+        else MaskPair(truth, None, 0, int(np.count_nonzero(truths[truth])))
+        for truth in range(len(truths))
+    ]
+    pairs += [
+        MaskPair(None, column, 0, int(np.count_nonzero(predictions[column])))
+        for column in range(len(predictions))
+        if column not in matched.values()
+    ]
+    return QuestionScore(tuple(pairs), len(truths), len(predictions))
+
+
+@dataclass
+class SegmentationMeter:
+    """Adds up the scores of many questions; memory does not grow with their number."""
+
+    num_questions: int = 0
+    num_asked: int = 0
+    num_returned: int = 0
+    num_exact_counts: int = 0
+    _num_places: int = 0
+    _iou_sum: float = 0.0
+    _intersection: int = 0
+    _union: int = 0
+
+    def add(self, score: QuestionScore) -> None:
+        """Counts one question."""
+        self.num_questions += 1
+        self.num_asked += score.num_asked
+        self.num_returned += score.num_returned
+        self.num_exact_counts += score.num_asked == score.num_returned
+        self._num_places += len(score.ious)
+        self._iou_sum += sum(score.ious)
+        self._intersection += sum(pair.intersection for pair in score.pairs)
+        self._union += sum(pair.union for pair in score.pairs)
+
+    def result(self) -> dict[str, float]:
+        """`giou`, `ciou` (0 to 1), `count_accuracy` (share of questions with the right number of targets), counts."""
+        return {
+            "giou": self._iou_sum / self._num_places if self._num_places else math.nan,
+            "ciou": self._intersection / self._union if self._union else math.nan,
+            "count_accuracy": self.num_exact_counts / self.num_questions if self.num_questions else math.nan,
+            "num_questions": float(self.num_questions),
+            "targets_asked": float(self.num_asked),
+            "targets_returned": float(self.num_returned),
+        }
+
+
+def _without(truths: Masks, predictions: Masks, ignore: npt.NDArray[np.bool_]) -> tuple[Masks, Masks]:
+    kept = [
+        mask & ~ignore
+        for mask in predictions
+        if 2 * np.count_nonzero(mask & ignore) <= np.count_nonzero(mask) or not mask.any()
+    ]
+    return [mask & ~ignore for mask in truths], kept
