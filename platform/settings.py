@@ -69,6 +69,7 @@ class TrainSettings(_Section):
     num_workers: int = Field(2, ge=1)
     use_gpu: bool = False
     threads_per_worker: int = Field(1, ge=1)
+    worker_cpus: float = Field(1.0, gt=0, description="logical CPUs of one worker; less where the cluster is too small")
     steps: int = Field(5000, ge=1)
     micro_batch_size: int = Field(2, ge=1, description="questions per worker and forward pass")
     grad_accumulation: int = Field(10, ge=1)
@@ -86,7 +87,6 @@ class TrainSettings(_Section):
     train_language: bool = Field(False, description="train all language model weights (from-scratch recipes)")
     checkpoint_every: int = Field(500, ge=1, description="optimiser steps between checkpoints")
     keep_last: int = Field(2, ge=1)
-    log_every: int = Field(10, ge=1)
     max_failures: int = Field(2, ge=0, description="restarts of the worker group after a fault")
 
     @property
@@ -98,8 +98,10 @@ class TrainSettings(_Section):
 class EvaluateSettings(_Section):
     """The evaluation that gates promotion after training."""
 
-    uri: str | None = Field(None, description="shards evaluated after training; None: the first source")
-    limit: int | None = Field(None, ge=1)
+    uri: str | None = Field(None, description="shards evaluated after training; None: the training sources with masks")
+    suite: Literal["segmentation", "muse"] = Field("segmentation", description="kind of questions asked of `uri`")
+    mode: Literal["generated", "forced"] = Field("generated", description="answers generated, or targets given")
+    limit: int | None = Field(None, ge=1, description="questions at most")
     batch_size: int = Field(8, ge=1)
 
 

@@ -1,0 +1,124 @@
+"""What driver and workers tell each other while training runs: finished steps one way, a wish to stop the other.
+
+One small actor on the driver's node holds it. Worker output would reach the driver with Ray's prefix and out of order;
+a file would need a shared disk. Workers never wait for the actor: they send and go on.
+"""
+
+from collections import deque
+from dataclasses import dataclass
+from typing import Any
+
+from pixellm.errors import PixelLMError
+from pixellm.jobs.train.loop import StepRecord
+
+_MAX_EVENTS = 100_000
+
+
+@dataclass(frozen=True)
+class StatusEvent:
+    """What rank 0 is doing before the first step, in words."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class CheckpointEvent:
+    """A checkpoint was written, or (with `problem`) could not be."""
+
+    step: int
+    path: str
+    seconds: float
+    problem: str | None = None
+
+
+@dataclass(frozen=True)
+class StartEvent:
+    """The worker group is about to train; after a fault it comes again.
+
+    Attributes:
+        step: steps already done.
+        checkpoint: what it goes on from, or None.
+        problems: newer checkpoints that were passed over, each with its reason.
+    """
+
+    step: int
+    checkpoint: str | None
+    problems: tuple[str, ...]
+
+
+Event = StatusEvent | CheckpointEvent | StartEvent | StepRecord
+
+
+class Channel:
+    """The state of the actor; plain Python, so that it is tested without Ray."""
+
+    def __init__(self) -> None:
+        self._events: deque[Event] = deque(maxlen=_MAX_EVENTS)
+        self._is_stop_wanted = False
+        self._fatal: PixelLMError | None = None
+
+    def push(self, event: Event) -> None:
+        """Keeps an event until the driver takes it."""
+        self._events.append(event)
+
+    def drain(self) -> list[Event]:
+        """Hands out the events since the last call."""
+        events = list(self._events)
+        self._events.clear()
+        return events
+
+    def request_stop(self) -> None:
+        """Asks the workers to stop after their present step."""
+        self._is_stop_wanted = True
+
+    def is_stop_wanted(self) -> bool:
+        """Whether the driver asked to stop."""
+        return self._is_stop_wanted
+
+    def set_fatal(self, error: PixelLMError) -> None:
+        """Records an error that a restart cannot mend; the first one stays."""
+        self._fatal = self._fatal or error
+
+    def fatal(self) -> PixelLMError | None:
+        """The recorded error."""
+        return self._fatal
+
+
+def open_channel() -> Any:
+    """Starts the actor on this node, without taking a logical CPU from the workers; returns its handle."""
+    import ray  # slow
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(Channel).options(num_cpus=0, scheduling_strategy=here).remote()
+
+
+class WorkerLine:
+    """A worker's end of the channel. Only rank 0 sends and asks; others do nothing."""
+
+    def __init__(self, handle: Any, *, is_active: bool) -> None:
+        self._handle = handle if is_active else None
+        self._answer: Any = None
+
+    def send(self, event: Event) -> None:
+        """Sends without waiting."""
+        if self._handle is not None:
+            self._handle.push.remote(event)
+
+    def is_stop_wanted(self) -> bool:
+        """The latest answer that has arrived; asking never waits. A driver that is gone wants a stop."""
+        if self._handle is None:
+            return False
+        import ray  # loaded already: this is a Ray worker
+
+        if self._answer is None:
+            self._answer = self._handle.is_stop_wanted.remote()
+        ready, _ = ray.wait([self._answer], timeout=0)
+        if not ready:
+            return False
+        try:
+            wanted = bool(ray.get(self._answer))
+        except ray.exceptions.RayActorError:
+            return True
+        self._answer = None
+        return wanted

@@ -1,0 +1,235 @@
+"""The inner loop: batches in, optimiser steps out, and the decisions that all ranks take together after each step.
+
+Nothing here knows of Ray: what happens with a finished step, who may ask to stop and how a checkpoint is written are
+functions that the caller passes in.
+"""
+
+import math
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from pixellm.errors import PixelLMError
+from pixellm.jobs.train import ranks
+from pixellm.jobs.train.deepspeed_engine import Batch, TrainEngine
+from pixellm.jobs.train.schedule import learning_rate
+from pixellm.model.processing import TrainingExample
+from pixellm.platform.settings import TrainSettings
+
+LOSS_PARTS = ("text", "ref", "dice")
+_MAX_SKIPPED_IN_A_ROW = 3
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One optimiser step, averaged over the ranks. Plain numbers: it travels to the driver.
+
+    Attributes:
+        step: steps done, this one included.
+        loss: weighted sum of the parts.
+        losses: `text`, `ref`, `dice`, weighted.
+        lr: learning rate.
+        grad_norm: before clipping.
+        is_applied: false if a gradient was not finite and the step was left out.
+        num_samples: samples over all ranks.
+        num_tokens: text and picture positions over all ranks.
+        step_s: seconds since the end of the step before.
+        data_wait_s: part of it spent waiting for the batch, on the slowest rank's average.
+    """
+
+    step: int
+    loss: float
+    losses: dict[str, float]
+    lr: float
+    grad_norm: float
+    is_applied: bool
+    num_samples: int
+    num_tokens: int
+    step_s: float
+    data_wait_s: float
+
+
+@dataclass(frozen=True)
+class LoopResult:
+    """How the loop ended.
+
+    Attributes:
+        step: steps done in all.
+        interrupted: whether somebody asked to stop before the last step.
+        samples_per_s: over all ranks and the steps of this loop, its first two left out; NaN where it had no more.
+    """
+
+    step: int
+    interrupted: bool
+    samples_per_s: float
+
+
+@dataclass(frozen=True)
+class PreparedBatch:
+    """A rank's part of one global batch, collated: one forward's arguments per micro-batch."""
+
+    micro_batches: list[Batch]
+    sample_ids: tuple[str, ...]
+    num_tokens: int
+
+
+def prepare_batch(
+    examples: Sequence[TrainingExample], micro_batch_size: int, collate: Callable[[Sequence[TrainingExample]], Batch]
+) -> PreparedBatch:
+    """Collates a rank's part of a global batch, micro-batch by micro-batch."""
+    parts = [examples[first : first + micro_batch_size] for first in range(0, len(examples), micro_batch_size)]
+    return PreparedBatch(
+        [collate(part) for part in parts],
+        tuple(example.sample_id for example in examples),
+        sum(len(example.input_ids) for example in examples),
+    )
+
+
+def run_steps(
+    engine: TrainEngine,
+    batches: Iterator[PreparedBatch],
+    train: TrainSettings,
+    *,
+    start_step: int,
+    on_step: Callable[[StepRecord], None],
+    wants_stop: Callable[[], bool],
+    save: Callable[[int], None],
+) -> LoopResult:
+    """Trains from `start_step` to `train.steps`, or to the step after which any rank wants to stop.
+
+    Args:
+        engine: of this rank.
+        batches: one per step, in the order of the run, starting at `start_step`.
+        train: steps, schedule and checkpoint interval.
+        start_step: steps done before.
+        on_step: called on every rank after each step.
+        wants_stop: asked on every rank after each step; one yes stops all of them.
+        save: writes a checkpoint of the given number of steps; called by all ranks together, also when stopping and
+            after the last step.
+
+    Raises:
+        PixelLMError: three steps in a row had gradients that are not finite; the samples are named.
+    """
+    step, num_skipped, is_stopping = start_step, 0, False
+    last = started = time.perf_counter()
+    num_samples = 0
+    while step < train.steps and not is_stopping:
+        waited = time.perf_counter()
+        batch = next(batches)
+        data_wait_s = time.perf_counter() - waited
+        record, is_stopping = _one_step(engine, batch, train, step, data_wait_s, last, wants_stop)
+        step, last = record.step, time.perf_counter()
+        num_skipped = 0 if record.is_applied else num_skipped + 1
+        if num_skipped >= _MAX_SKIPPED_IN_A_ROW:
+            _raise_not_finite(step, batch)
+        on_step(record)
+        if step - start_step == 2:
+            started, num_samples = last, 0
+        else:
+            num_samples += record.num_samples
+        if is_stopping or step == train.steps or step % train.checkpoint_every == 0:
+            before = time.perf_counter()
+            save(step)
+            started += time.perf_counter() - before
+            last = time.perf_counter()
+    is_measured = step - start_step > 2
+    rate = num_samples / (last - started) if is_measured and last > started else math.nan
+    return LoopResult(step, is_stopping and step < train.steps, rate)
+
+
+def _one_step(
+    engine: TrainEngine,
+    batch: PreparedBatch,
+    train: TrainSettings,
+    step: int,
+    data_wait_s: float,
+    last: float,
+    wants_stop: Callable[[], bool],
+) -> tuple[StepRecord, bool]:
+    lr = learning_rate(step, peak=train.lr, warmup_steps=train.warmup_steps, total_steps=train.steps)
+    result = engine.train_step(batch.micro_batches, step=step, lr=lr)
+    mine = [
+        float(wants_stop()),
+        float(not result.is_applied),
+        result.loss,
+        *(result.losses.get(part, 0.0) for part in LOSS_PARTS),
+        float(len(batch.sample_ids)),
+        float(batch.num_tokens),
+        data_wait_s,
+    ]
+    stop, skipped, loss, text, ref, dice, num_samples, num_tokens, waits = ranks.sum_over_ranks(mine, engine.device)
+    count = ranks.world_size()
+    record = StepRecord(
+        step=step + 1,
+        loss=loss / count,
+        losses=dict(zip(LOSS_PARTS, (text / count, ref / count, dice / count), strict=True)),
+        lr=lr,
+        grad_norm=result.grad_norm,
+        is_applied=skipped == 0,
+        num_samples=int(num_samples),
+        num_tokens=int(num_tokens),
+        step_s=time.perf_counter() - last,
+        data_wait_s=waits / count,
+    )
+    return record, stop > 0
+
+
+def _raise_not_finite(step: int, batch: PreparedBatch) -> None:
+    names = sorted({name for part in ranks.gather_objects(batch.sample_ids) for name in part})
+    raise PixelLMError(
+        f"loss or gradients were not finite for {_MAX_SKIPPED_IN_A_ROW} steps in a row, the last of them step {step} "
+        f"with the samples {', '.join(names[:20])}; lower train.lr, or look at these samples"
+    )
+
+
+class Prefetcher(Generic[Item]):
+    """Runs an iterator in a thread of its own, a few items ahead, so that reading and collating hide behind compute.
+
+    Args:
+        make_items: makes the iterator, in the thread.
+        depth: items kept ready.
+    """
+
+    def __init__(self, make_items: Callable[[], Iterator[Item]], depth: int = 2) -> None:
+        self._queue: queue.Queue[Any] = queue.Queue(depth)
+        self._is_closed = threading.Event()
+        self._thread = threading.Thread(target=self._work, args=(make_items,), name="prefetch", daemon=True)
+        self._thread.start()
+
+    def __iter__(self) -> Iterator[Item]:
+        return self
+
+    def __next__(self) -> Item:
+        kind, value = self._queue.get()
+        if kind == "item":
+            return value  # type: ignore[no-any-return]
+        self._queue.put((kind, value))  # every later call ends the same way
+        if kind == "error":
+            raise value
+        raise StopIteration
+
+    def close(self) -> None:
+        """Lets the thread end after the item it is making."""
+        self._is_closed.set()
+
+    def _work(self, make_items: Callable[[], Iterator[Item]]) -> None:
+        try:
+            for item in make_items():
+                if not self._put(("item", item)):
+                    return
+            self._put(("end", None))
+        except BaseException as error:  # thread boundary: raised again where the items are consumed
+            self._put(("error", error))
+
+    def _put(self, entry: tuple[str, Any]) -> bool:
+        while not self._is_closed.is_set():
+            try:
+                self._queue.put(entry, timeout=0.2)
+            except queue.Full:
+                continue
+            return True
+        return False

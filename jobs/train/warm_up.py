@@ -1,0 +1,19 @@
+"""`python -m pixellm.jobs.train.warm_up`: lets DeepSpeed compile what it compiles on first use; part of the set-up."""
+
+import sys
+
+from pixellm.jobs.train.deepspeed_engine import needs_compilation, warm_up_deepspeed
+
+
+def main() -> None:
+    """Compiles where needed, and says so."""
+    if not needs_compilation():
+        return
+    print(
+        "compiling DeepSpeed's CPU communication op (about a minute, once per machine) …", file=sys.stderr, flush=True
+    )
+    warm_up_deepspeed()
+
+
+if __name__ == "__main__":
+    main()
