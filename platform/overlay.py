@@ -65,7 +65,7 @@ def paint_masks(
 
     Args:
         picture_HW3: uint8 RGB.
-        masks: bool H×W, any number; where they overlap, the tints mix.
+        masks: bool H×W, any number; where they overlap, the smaller one lies on top.
         colors: one per mask; None takes `overlay_colors`.
 
     Returns:
@@ -73,14 +73,15 @@ def paint_masks(
     """
     colors = overlay_colors(len(masks)) if colors is None else colors
     edge = _Style.of(picture_HW3.shape[1]).edge
-    painted = picture_HW3.astype(np.float32)
-    for mask, color in zip(masks, colors, strict=True):
-        painted[mask] = (1 - _TINT) * painted[mask] + _TINT * np.asarray(color, dtype=np.float32)
-    canvas = np.ascontiguousarray(painted.round().astype(np.uint8))
-    for mask, color in zip(masks, colors, strict=True):
+    largest_first = sorted(zip(masks, colors, strict=True), key=lambda pair: -np.count_nonzero(pair[0]))
+    canvas = picture_HW3.copy()
+    for mask, color in largest_first:
+        tinted = (1 - _TINT) * picture_HW3[mask] + _TINT * np.asarray(color, dtype=np.float32)
+        canvas[mask] = tinted.round().astype(np.uint8)
+    for mask, color in largest_first:
         contours, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
-        cv2.drawContours(canvas, contours, -1, _PAPER, 2 * edge + 1, cv2.LINE_AA)
-        cv2.drawContours(canvas, contours, -1, color, edge + 1, cv2.LINE_AA)
+        cv2.drawContours(canvas, contours, -1, _PAPER, edge + 2, cv2.LINE_AA)
+        cv2.drawContours(canvas, contours, -1, color, edge, cv2.LINE_AA)
     return canvas
 
 

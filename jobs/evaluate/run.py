@@ -69,10 +69,11 @@ class EvaluateResult:
         """The figures, and where the rest is."""
         metrics = self.metrics
         how = "answers generated" if self.mode == "generated" else "true answers given (teacher-forced)"
+        asked, returned = metrics["targets_asked"], metrics["targets_returned"]
         return (
             f"gIoU {metrics['giou']:.4f}, cIoU {metrics['ciou']:.4f} over {metrics['num_questions']:.0f} questions, "
-            f"{how}; {metrics['targets_returned']:.0f} targets returned, {metrics['targets_asked']:.0f} asked for, the "
-            f"right number in {100 * metrics['count_accuracy']:.1f} % of the answers\nsamples and pictures: {self.out_dir}"
+            f"{how}\n{returned:.0f} targets returned, {asked:.0f} asked for; the right number in "
+            f"{100 * metrics['count_accuracy']:.1f} % of the answers\nsamples and pictures: {self.out_dir}"
         )
 
 
