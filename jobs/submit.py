@@ -78,7 +78,7 @@ class JobHandle:
         Raises:
             ClusterError: the cluster does not answer, or has no such job.
         """
-        handle = cls(_open_client(address), job_id)
+        handle = cls(open_client(address), job_id)
         handle.status()
         return handle
 
@@ -190,7 +190,7 @@ def submit(command: Sequence[str], *, address: str | None = None) -> JobHandle:
         ClusterError: nothing answers there, it refuses us, or the wheel cannot be built.
     """
     url = _dashboard_url(address)
-    client = _open_client(url)
+    client = open_client(url)
     plan = plan_submission(command, caller_dir=Path.cwd(), is_head_local=_is_head_here(url))
     with tempfile.TemporaryDirectory(prefix="pixellm-submit-") as scratch:
         working_dir = Path(scratch) / "job"
@@ -236,7 +236,7 @@ def list_jobs(address: str) -> JobList:
         ClusterError: the cluster does not answer.
     """
     url = _dashboard_url(address)
-    client = _open_client(url)
+    client = open_client(url)
     with _cluster_errors("the list of jobs"):
         found = [details for details in client.list_jobs() if details.submission_id]
     rows = [
@@ -292,6 +292,25 @@ def stop_job(job_id: str, address: str) -> str:
     return f"job {job_id} {job.status()}"
 
 
+def open_client(address: str) -> Any:
+    """Ray's `JobSubmissionClient` on a dashboard, connected: probed first, with the token where one is wanted.
+
+    Raises:
+        ConfigError: the address is not http://host:port.
+        ClusterError: nothing answers there, or it refuses us.
+    """
+    from ray.job_submission import JobSubmissionClient  # slow (1 s)
+
+    for name in ("dashboard.modules.job.sdk", "dashboard.modules.dashboard_sdk", "_private.runtime_env.packaging"):
+        logging.getLogger(f"ray.{name}").setLevel(logging.WARNING)  # they announce each upload and connection
+    url = _dashboard_url(address)
+    parts = urlsplit(url)
+    probe(parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80), "Ray dashboard")
+    _present_token(url)
+    with _cluster_errors(f"the Ray dashboard at {url}"), _addressed(url):
+        return JobSubmissionClient(url)
+
+
 def _submit(client: Any, plan: Submission, wheel: Path, working_dir: Path) -> str:
     with _cluster_errors("the submission"):
         return str(
@@ -312,19 +331,6 @@ def _dashboard_url(address: str | None) -> str:
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ConfigError(f"the address {url!r} is not the dashboard's http://HEAD:8265, which `ray start` prints")
     return url.rstrip("/")
-
-
-def _open_client(address: str) -> Any:
-    from ray.job_submission import JobSubmissionClient  # slow (1 s)
-
-    for name in ("dashboard.modules.job.sdk", "dashboard.modules.dashboard_sdk", "_private.runtime_env.packaging"):
-        logging.getLogger(f"ray.{name}").setLevel(logging.WARNING)  # they announce each upload and connection
-    url = _dashboard_url(address)
-    parts = urlsplit(url)
-    probe(parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80), "Ray dashboard")
-    _present_token(url)
-    with _cluster_errors(f"the Ray dashboard at {url}"), _addressed(url):
-        return JobSubmissionClient(url)
 
 
 def _is_head_here(url: str) -> bool:
