@@ -269,6 +269,56 @@ def jobs_stop(job_id: str, address: Address) -> None:
     typer.echo(submission.stop_job(job_id, address))
 
 
+@convert_app.command("official")
+def convert_official(
+    src: Annotated[Path, typer.Argument(help="the released checkpoint's folder (sharded .bin or safetensors)")],
+    dst: Annotated[Path, typer.Argument(help="the model folder to write")],
+    vision: Annotated[str, typer.Option("--vision", help="folder of the CLIP tower")],
+    tokens_per_scale: Annotated[int, typer.Option("--tokens-per-scale", min=1, max=4)] = 3,
+    num_scales: Annotated[int, typer.Option("--num-scales", min=1, max=3)] = 2,
+    tokenizer: Annotated[str | None, typer.Option("--tokenizer", help="its folder, where SRC holds none")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Released PixelLM weights → a model folder, streaming; every key that does not fit is listed in one error."""
+    from pixellm.model.convert import convert_official as convert
+
+    report = convert(src, dst, vision, tokens_per_scale=tokens_per_scale, num_scales=num_scales, tokenizer=tokenizer)
+    _print(report.to_json_dict(), report.to_text(), as_json)
+
+
+@app.command()
+def init(
+    llm: Annotated[str, typer.Option("--llm", help="folder or Hugging Face id of a Llama or LLaVA-1.5 checkpoint")],
+    vision: Annotated[str, typer.Option("--vision", help="folder or Hugging Face id of a CLIP tower")],
+    out: Annotated[Path, typer.Option("--out", help="the model folder to write")],
+    tokens_per_scale: Annotated[int, typer.Option("--tokens-per-scale", min=1, max=4)] = 3,
+    num_scales: Annotated[int, typer.Option("--num-scales", min=1, max=3)] = 2,
+    image_size: Annotated[int, typer.Option("--image-size", min=28)] = 448,
+    seed: Annotated[int, typer.Option("--seed", min=0)] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """How a real run starts: a pretrained language model and CLIP tower plus freshly drawn PixelLM parts."""
+    from pixellm.model.init import init_model
+
+    report = init_model(
+        llm, vision, out, tokens_per_scale=tokens_per_scale, num_scales=num_scales, image_size=image_size, seed=seed
+    )
+    _print(report.to_json_dict(), report.to_text(), as_json)
+
+
+@app.command()
+def flops(
+    preset: Annotated[str, typer.Option("--preset", help="tiny, small, pixellm-7b, pixellm-13b")] = "pixellm-7b",
+    against: Annotated[str, typer.Option("--against", help="lisa-7b, lisa-13b, or another preset")] = "lisa-7b",
+    as_json: AsJson = False,
+) -> None:
+    """TFLOPs per part, counted on meta tensors, beside LISA's and the paper's (Table 1)."""
+    from pixellm.model.flops import compare_flops
+
+    comparison = compare_flops(preset, against)
+    _print(comparison.to_json_dict(), comparison.to_text(), as_json)
+
+
 def _settings(config: Path | None, context: typer.Context) -> Any:
     from pixellm.platform.settings import load_settings
 
