@@ -1,0 +1,211 @@
+"""Floating-point operations of one answer: PixelLM beside LISA (paper Table 1), counted by torch on meta tensors.
+
+LISA is built for real from transformers: LLaVA's Llama on CLIP-ViT-L/14 at 224 pixels (256 image tokens, as PixelLM
+has), and SAM ViT-H at 1024 × 1024 with its mask decoder. Nothing is estimated: every matrix product of a forward pass
+is counted, weights are never allocated.
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from pixellm.errors import ConfigError
+from pixellm.model.config import PixelLMConfig
+from pixellm.model.modeling import PixelLMForConditionalGeneration
+from pixellm.model.presets import CLIP_L_336
+
+TEXT_TOKENS = 100
+CONVENTION = (
+    "one forward pass over picture, question and answer at batch 1; a multiply-add counts as 2; matrix products, "
+    "convolutions and attention (whole, not the causal half) are counted by torch's FlopCounterMode, norms and "
+    "activations are not; 256 image tokens + {text_tokens} text tokens (system prompt, question, answer) in the "
+    "language model, its head at every position, {num_targets} target(s) decoded"
+)
+PAPER_TFLOPS = {"pixellm-7b": 3.57, "lisa-7b": 7.16, "pixellm-13b": 6.65, "lisa-13b": 10.24}
+DISTANCE = (
+    "The paper states neither text length nor convention. Its 13B models cost 3.08 TFLOPs more than its 7B models, "
+    "which is the language models' difference of 6.3 G multiply-adds per token at about 490 tokens, counting a "
+    "multiply-add as 1. Counted so at 490 tokens, our PixelLM-7B costs 3.75 (paper: 3.57) and LISA-7B 6.36 (paper: "
+    "7.16), at 13B 6.86 (6.65) and 9.46 (10.24): the paper's LISA pays 0.8 more for SAM than the 2.98 of "
+    "transformers' ViT-H, the encoder's published cost. Ratios depend on the text length, because both sides pay the "
+    "same for words and only LISA pays for SAM: at 490 tokens they are 0.59 and 0.73."
+)
+_LISA_LANGUAGE = {"lisa-7b": "pixellm-7b", "lisa-13b": "pixellm-13b"}
+_SAM_SIZE, _SAM_WIDTH = 1024, 256
+
+
+@dataclass(frozen=True)
+class FlopsReport:
+    """Operations of one model.
+
+    Attributes:
+        name: preset or baseline.
+        tflops: by part, in 10¹² operations.
+        text_tokens: positions beside the picture's.
+        num_targets: masks decoded.
+    """
+
+    name: str
+    tflops: dict[str, float]
+    text_tokens: int
+    num_targets: int
+
+    @property
+    def total_tflops(self) -> float:
+        """Sum of the parts."""
+        return sum(self.tflops.values())
+
+
+@dataclass(frozen=True)
+class FlopsComparison:
+    """Two models side by side, beside the paper's numbers.
+
+    Attributes:
+        ours: PixelLM.
+        theirs: the baseline.
+    """
+
+    ours: FlopsReport
+    theirs: FlopsReport
+
+    @property
+    def ratio(self) -> float:
+        """Ours / theirs; below 1 means that PixelLM is cheaper."""
+        return self.ours.total_tflops / self.theirs.total_tflops
+
+    @property
+    def paper_ratio(self) -> float | None:
+        """The paper's ratio of the same pair, where it gives one."""
+        if self.ours.name not in PAPER_TFLOPS or self.theirs.name not in PAPER_TFLOPS:
+            return None
+        return PAPER_TFLOPS[self.ours.name] / PAPER_TFLOPS[self.theirs.name]
+
+    def to_json_dict(self) -> dict[str, Any]:
+        """As plain JSON types."""
+        return {
+            "ratio": self.ratio,
+            "paper_ratio": self.paper_ratio,
+            "tflops": {report.name: report.tflops for report in (self.ours, self.theirs)},
+            "total_tflops": {report.name: report.total_tflops for report in (self.ours, self.theirs)},
+            "paper_tflops": {n: PAPER_TFLOPS.get(n) for n in (self.ours.name, self.theirs.name)},
+            "convention": convention(self.ours.text_tokens, self.ours.num_targets),
+            "distance": DISTANCE,
+        }
+
+
+def convention(text_tokens: int = TEXT_TOKENS, num_targets: int = 1) -> str:
+    """What is counted, in words."""
+    return CONVENTION.format(text_tokens=text_tokens, num_targets=num_targets)
+
+
+def compare_flops(
+    preset: str, against: str, *, text_tokens: int = TEXT_TOKENS, num_targets: int = 1
+) -> FlopsComparison:
+    """Counts a preset and a baseline under one convention.
+
+    Args:
+        preset: of PixelLM.
+        against: `"lisa-7b"`, `"lisa-13b"`, or another preset.
+        text_tokens: positions beside the picture's.
+        num_targets: masks decoded on both sides.
+
+    Raises:
+        ConfigError: unknown name.
+    """
+    return FlopsComparison(
+        count_flops(preset, text_tokens=text_tokens, num_targets=num_targets),
+        count_flops(against, text_tokens=text_tokens, num_targets=num_targets),
+    )
+
+
+@cache
+def count_flops(name: str, *, text_tokens: int = TEXT_TOKENS, num_targets: int = 1) -> FlopsReport:
+    """Counts one model; arguments as of `compare_flops`."""
+    if text_tokens < 1 or num_targets < 1:
+        raise ConfigError(f"text_tokens={text_tokens} and num_targets={num_targets} must be at least 1")
+    with torch.device("meta"), torch.no_grad():
+        if name in _LISA_LANGUAGE:
+            parts = _lisa(_LISA_LANGUAGE[name], text_tokens, num_targets)
+        else:
+            parts = _pixellm(name, text_tokens, num_targets)
+        tflops = {part: _count(run) for part, run in parts.items()}
+    return FlopsReport(name, tflops, text_tokens, num_targets)
+
+
+def _count(run: Callable[[], object]) -> float:
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops() / 1e12
+
+
+def _pixellm(preset: str, text_tokens: int, num_targets: int) -> dict[str, Callable[[], object]]:
+    config = PixelLMConfig.from_preset(preset)
+    model = PixelLMForConditionalGeneration(config).eval()
+    side, grid = config.image_size, config.patch_grid
+    pixels, valid = torch.zeros(1, 3, side, side), torch.ones(1, grid, grid, dtype=torch.bool)
+    states = torch.zeros(1, config.num_scales, grid * grid, config.vision_config.hidden_size)
+    pooled = torch.zeros(1, config.num_image_tokens, config.vision_config.hidden_size)
+    width = config.text_config.hidden_size
+    maps = torch.zeros(config.num_scales, width, grid, grid)
+    scales = torch.zeros(1, config.num_scales, config.decoder_hidden_size, grid, grid)
+    groups = torch.zeros(num_targets, config.group_size, width)
+    embeds = torch.zeros(num_targets, config.num_scales, config.decoder_hidden_size)
+    images = torch.zeros(num_targets, dtype=torch.long)
+    layers = config.vision_layers
+    return {
+        "vision": lambda: model.vision_tower.hidden_states(pixels, valid, layers, config.position_resize),
+        "projectors": lambda: (model.image_projector(pooled), model.decoder_projector(states)),
+        "language": lambda: _language(model, config.num_image_tokens + text_tokens),
+        "decoder": lambda: (
+            model.neck(maps),
+            model.codebook_embeds(groups),
+            model.decode_masks(embeds, scales, images),
+        ),
+    }
+
+
+def _language(model: PixelLMForConditionalGeneration, num_positions: int) -> Tensor:
+    embeds = torch.zeros(1, num_positions, model.config.text_config.hidden_size)
+    # A ready-made mask: making one from a 2D mask reads values, which meta tensors do not have.
+    mask, positions = torch.zeros(1, 1, num_positions, num_positions), torch.arange(num_positions)[None]
+    hidden, _ = model.language_forward(embeds, mask, positions)
+    return model.lm_logits(hidden)
+
+
+def _lisa(language_preset: str, text_tokens: int, num_targets: int) -> dict[str, Callable[[], object]]:
+    from transformers import CLIPVisionConfig, CLIPVisionModel, SamConfig, SamModel  # slow import
+
+    model = PixelLMForConditionalGeneration(PixelLMConfig.from_preset(language_preset))
+    width = model.config.text_config.hidden_size
+    clip = CLIPVisionModel(CLIPVisionConfig(**(CLIP_L_336 | {"image_size": 224}))).eval()
+    projector = nn.Linear(clip.config.hidden_size, width)
+    text_head = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, _SAM_WIDTH))
+    vit_h = {"hidden_size": 1280, "num_hidden_layers": 32, "num_attention_heads": 16, "mlp_dim": 5120}
+    vit_h |= {"global_attn_indexes": [7, 15, 23, 31], "image_size": _SAM_SIZE}
+    sam = SamModel(SamConfig(vision_config=vit_h)).eval()
+    clip_pixels, sam_pixels = torch.zeros(1, 3, 224, 224), torch.zeros(1, 3, _SAM_SIZE, _SAM_SIZE)
+    grid = _SAM_SIZE // 16
+    image = torch.zeros(1, _SAM_WIDTH, grid, grid)
+
+    def decode() -> object:
+        prompts = text_head(torch.zeros(num_targets, width)).view(1, num_targets, 1, _SAM_WIDTH)
+        return sam.mask_decoder(image, image, prompts, image, multimask_output=False)
+
+    return {
+        "vision": lambda: clip(clip_pixels),
+        "projectors": lambda: projector(torch.zeros(1, 256, clip.config.hidden_size)),
+        "language": lambda: _language(model, 256 + text_tokens),
+        "sam_encoder": lambda: sam.vision_encoder(sam_pixels),
+        "decoder": decode,
+    }
+
+
+def report_dict(report: FlopsReport) -> dict[str, Any]:
+    """One report as plain JSON types, with its total and convention."""
+    text = convention(report.text_tokens, report.num_targets)
+    return asdict(report) | {"total_tflops": report.total_tflops, "convention": text}
