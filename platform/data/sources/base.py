@@ -1,13 +1,15 @@
 """What a source is, and the ledger in which a preparation writes down what it kept and what it left out, and why."""
 
 import io
+import struct
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from pixellm.errors import DataError
 from pixellm.platform import storage
@@ -26,6 +28,20 @@ from pixellm.platform.masks import (
 #: Names listed per reason; beyond it only the count grows.
 MAX_LISTED_NAMES = 200
 _NAMES_IN_TEXT = 5
+
+# What Pillow's plugins raise on damaged files, besides OSError (which its own UnidentifiedImageError is).
+_DECODE_ERRORS: tuple[type[Exception], ...] = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    LookupError,
+    TypeError,
+    OverflowError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
 
 Progress = Callable[[int, int | None], None]
 
@@ -165,7 +181,7 @@ def read_picture(uri: str, height: int | None, width: int | None, name: str, led
     encoded = storage.read_bytes(uri)
     try:
         true_height, true_width = _decode_to_the_end(encoded)
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError, SyntaxError, ValueError) as error:
+    except _DECODE_ERRORS as error:
         ledger.skip("picture does not decode", name, str(error))
         return None
     if (height or true_height, width or true_width) != (true_height, true_width):
