@@ -6,17 +6,15 @@ MLflow copies this file beside the model folder and executes it where a version 
 
 import base64
 import binascii
-import io
 from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
 from mlflow.models import set_model
 from mlflow.pyfunc import PythonModel, PythonModelContext
-from PIL import Image, UnidentifiedImageError
 
 from pixellm.errors import DataError
-from pixellm.model.engine import PixelLMEngine, SegmentationResult
+from pixellm.model.engine import GenerationOptions, PixelLMEngine, SegmentationResult, SegmentRequest
 
 
 class RegisteredPixelLM(PythonModel):
@@ -40,22 +38,22 @@ class RegisteredPixelLM(PythonModel):
 
         Raises:
             DataError: an image is neither an encoded picture nor its base64 text.
+            BadRequestError: a parameter is out of range.
         """
-        options = dict(params or {})
-        return [
-            _answer(self._engine.segment(_picture(row.image), str(row.prompt), **options))
-            for row in model_input.itertuples()
+        options = GenerationOptions(**dict(params or {}))
+        requests = [
+            SegmentRequest(_encoded_picture(row.image), str(row.prompt), options) for row in model_input.itertuples()
         ]
+        return [_answer(result) for result in self._engine.segment_batch(requests)]
 
 
-def _picture(encoded: bytes | str) -> Image.Image:
+def _encoded_picture(image: bytes | str) -> bytes:
+    if isinstance(image, bytes):
+        return image
     try:
-        raw = base64.b64decode(encoded.rpartition("base64,")[2]) if isinstance(encoded, str) else encoded
-        picture = Image.open(io.BytesIO(raw))
-        picture.load()
-    except (binascii.Error, UnidentifiedImageError, OSError, ValueError):
-        raise DataError("image is neither an encoded picture (JPEG, PNG, …) nor base64 text of one") from None
-    return picture
+        return base64.b64decode(image.rpartition("base64,")[2], validate=True)
+    except binascii.Error:
+        raise DataError("image is neither the bytes of a picture (JPEG, PNG, …) nor base64 text of them") from None
 
 
 def _answer(result: SegmentationResult) -> dict[str, Any]:
@@ -66,7 +64,7 @@ def _answer(result: SegmentationResult) -> dict[str, Any]:
             "score": float(target.score),
             "box": [float(edge) for edge in target.box_xyxy or ()],
             "area": int(target.area_px),
-            "rle": {"size": [int(side) for side in target.rle["size"]], "counts": str(target.rle["counts"])},
+            "rle": target.rle,
         }
         for target in result.targets
     ]
