@@ -4,9 +4,10 @@
 compute the parts that are new, and leave a folder that `from_pretrained` reads. It appears whole or not at all.
 """
 
+import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,8 +19,8 @@ from torch import Tensor
 from pixellm.errors import ConfigError, ModelLoadError
 from pixellm.model.config import PixelLMConfig
 from pixellm.model.modeling import PixelLMForConditionalGeneration
-from pixellm.model.official import is_weight
-from pixellm.model.weight_files import Shapes, write_index, write_shard
+from pixellm.model.official import guess_vision_config, is_weight
+from pixellm.model.weight_files import Shapes, WeightFiles, write_index, write_shard
 
 
 @dataclass(frozen=True)
@@ -158,3 +159,67 @@ def meta_model(config: PixelLMConfig) -> PixelLMForConditionalGeneration:
 def weight_shapes(config: PixelLMConfig) -> Shapes:
     """Shape of every weight that a model folder holds, by name."""
     return {name: tuple(t.shape) for name, t in meta_model(config).state_dict().items() if is_weight(name)}
+
+
+def copy_file(
+    writer: ModelFolderWriter,
+    source: WeightFiles,
+    file: str,
+    names: Mapping[str, str],
+    dtype: torch.dtype | None,
+    change: Callable[[str, Tensor], Tensor] | None = None,
+) -> None:
+    """Writes one file's weights under our names.
+
+    Args:
+        writer: of the new folder.
+        source: folder that the file lies in.
+        file: its name.
+        names: our name by source key; other keys are left out.
+        dtype: to store in; None keeps each weight's own.
+        change: makes the tensor to write from our name and the stored tensor.
+    """
+    kept = [key for key in source.shapes_in(file) if key in names]
+    stored = source.dtypes_in(file)
+
+    def renamed() -> Iterator[tuple[str, Tensor]]:
+        for key, tensor in source.tensors(file):
+            if key in names:
+                yield names[key], change(names[key], tensor) if change else tensor
+
+    shapes = {names[key]: writer.wanted[names[key]] for key in kept}
+    writer.add(shapes, {names[key]: dtype or stored[key] for key in kept}, renamed())
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """A folder's `config.json`.
+
+    Raises:
+        ModelLoadError: absent or no JSON object.
+    """
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise ModelLoadError(f"{path} cannot be read: {error}; copy the whole checkpoint folder") from error
+    if not isinstance(config, dict):
+        raise ModelLoadError(f"{path} is no JSON object")
+    return config
+
+
+def read_vision_config(folder: Path, shapes: Shapes) -> dict[str, Any]:
+    """A CLIP folder's vision configuration, completed from the weights' shapes."""
+    config = read_config(folder) if (folder / "config.json").is_file() else {}
+    return guess_vision_config(shapes) | dict(config.get("vision_config") or config)
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer in a folder, or None where there are no tokenizer files."""
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        return None
+    from transformers import AutoTokenizer  # slow import
+
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ModelLoadError(f"the tokenizer in {folder} cannot be read: {error}") from error

@@ -4,8 +4,7 @@ Nothing is guessed silently: every released key must be known, present and of it
 are not.
 """
 
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
@@ -18,13 +17,17 @@ from pixellm.errors import ModelLoadError
 from pixellm.model.assemble import (
     AssemblyReport,
     ModelFolderWriter,
+    copy_file,
+    load_tokenizer,
     new_folder,
+    read_config,
+    read_vision_config,
     resolve_folder,
     weight_shapes,
 )
 from pixellm.model.config import PixelLMConfig
 from pixellm.model.loading import check_loading_info
-from pixellm.model.modeling import PixelLMForConditionalGeneration
+from pixellm.model.modeling import PARTS, PixelLMForConditionalGeneration
 from pixellm.model.official import (
     Shapes,
     config_from_official,
@@ -90,6 +93,7 @@ def from_official(
         None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True
     )
     check_loading_info("the converted checkpoint", info)
+    model.set_trainable_parts(PARTS)
     return model
 
 
@@ -154,7 +158,7 @@ def convert_official(
     tower = WeightFiles.find(tower_folder)
     found = {key: shape for key, shape in source.shapes().items() if is_weight(key)}
     vision_found = {key: shape for key, shape in tower.shapes().items() if vision_name(key)}
-    processor_tokenizer = _load_tokenizer(Path(tokenizer or src))
+    processor_tokenizer = load_tokenizer(Path(tokenizer or src))
     if processor_tokenizer is not None:
         ids = add_codebook_tokens(processor_tokenizer, tokens_per_scale, num_scales)
         found_ids = {"codebook_token_ids": list(ids.codebook), "im_start_id": ids.im_start, "im_end_id": ids.im_end}
@@ -171,9 +175,9 @@ def convert_official(
     with new_folder(dst) as folder:
         writer = ModelFolderWriter(folder, config, weight_shapes(config))
         for file in source.files:
-            _copy(writer, source, file, names, dtype)
+            copy_file(writer, source, file, names, dtype)
         for file in tower.files:
-            _copy(writer, tower, file, {key: str(vision_name(key)) for key in vision_found}, dtype)
+            copy_file(writer, tower, file, {key: str(vision_name(key)) for key in vision_found}, dtype)
         own = {name: shape for name, shape in writer.wanted.items() if name.startswith(_OWN_PARAMETERS)}
         writer.add_all({name: new_parameters(name, shape, config) for name, shape in own.items()})
         if processor_tokenizer is not None:
@@ -181,53 +185,3 @@ def convert_official(
         unused = tuple(sorted(found.keys() - names.keys()))
         report = writer.finish(unused=unused, has_tokenizer=processor_tokenizer is not None)
     return replace(report, path=str(dst))
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """A folder's `config.json`.
-
-    Raises:
-        ModelLoadError: absent or no JSON object.
-    """
-    path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise ModelLoadError(f"{path} cannot be read: {error}; copy the whole checkpoint folder") from error
-    if not isinstance(config, dict):
-        raise ModelLoadError(f"{path} is no JSON object")
-    return config
-
-
-def read_vision_config(folder: Path, shapes: Shapes) -> dict[str, Any]:
-    """A CLIP folder's vision configuration, completed from the weights' shapes."""
-    config = read_config(folder) if (folder / "config.json").is_file() else {}
-    return guess_vision_config(shapes) | dict(config.get("vision_config") or config)
-
-
-def _copy(
-    writer: ModelFolderWriter, source: WeightFiles, file: str, names: Mapping[str, str], dtype: torch.dtype | None
-) -> None:
-    kept = [key for key in source.shapes_in(file) if key in names]
-    shapes = {names[key]: writer.wanted[names[key]] for key in kept}
-    stored = source.dtypes_in(file)
-    dtypes = {names[key]: dtype or stored[key] for key in kept}
-
-    def renamed() -> Iterator[tuple[str, Tensor]]:
-        for key, tensor in source.tensors(file):
-            if key in names:
-                yield names[key], tensor
-
-    writer.add(shapes, dtypes, renamed())
-
-
-def _load_tokenizer(folder: Path) -> Any:
-    """The tokenizer in a folder, or None where there are no tokenizer files."""
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
-        return None
-    from transformers import AutoTokenizer  # slow import
-
-    try:
-        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise ModelLoadError(f"the tokenizer in {folder} cannot be read: {error}") from error

@@ -120,6 +120,7 @@ class PixelLMForConditionalGeneration(PreTrainedModel):
         """
         model, info = load_with_info(super().from_pretrained, path, *args, **kwargs)
         check_loading_info(path, info)
+        model.set_trainable_parts(PARTS)  # loading makes new parameters, all of which would train
         return model
 
     def save_pretrained(self, save_directory: str | PathLike[str], **kwargs: Any) -> None:

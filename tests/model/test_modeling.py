@@ -207,6 +207,8 @@ def test_saved_and_loaded_is_bit_equal(tmp_path: Path) -> None:
     loaded = PixelLMForConditionalGeneration.from_pretrained(tmp_path).eval()
     saved, got = model.state_dict(), loaded.state_dict()
     assert saved.keys() == got.keys()
+    trainable = [{n for n, p in m.named_parameters() if p.requires_grad} for m in (model, loaded)]
+    assert trainable[0] == trainable[1] != saved.keys()
     assert all(torch.equal(saved[key], got[key]) for key in saved)
     batch = micro_batch(model.config)
     assert torch.equal(model(**batch).logits, loaded(**batch).logits)
