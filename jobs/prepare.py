@@ -84,6 +84,7 @@ def prepare(
     out_uri: str | Path,
     *,
     strict: bool = False,
+    skip_bad_masks: bool = False,
     progress: Progress | None = None,
 ) -> PrepareReport:
     """Turns a public dataset in its published layout into shards.
@@ -93,14 +94,16 @@ def prepare(
         input_dir: folder with the dataset's files.
         out_uri: folder of the shards; older shards there are replaced in one step when all is done.
         strict: the first fault in the data ends the preparation instead of being counted.
+        skip_bad_masks: leave out masks that lie outside their picture instead of ending with an error.
         progress: called with (pictures looked at, pictures in all or None).
 
     Raises:
         ConfigError: there is no such source.
-        DataError: a part is missing or malformed, nothing was kept, or, in strict mode, any fault.
+        DataError: a part is missing or malformed, a mask lies outside its picture, nothing was kept, or, in strict
+            mode, any fault.
     """
     reader = get_source(source)
-    ledger = Ledger(strict=strict, progress=progress)
+    ledger = Ledger(strict=strict, skip_bad_masks=skip_bad_masks, progress=progress)
     notes: dict[str, Any] = {"source": source}
     skipped = notes["skipped"] = ledger.counts
     info = write_shards(reader.rows(str(input_dir), ledger), out_uri, name=Path(str(out_uri)).name, notes=notes)

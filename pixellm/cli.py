@@ -6,6 +6,7 @@ ends in one line on standard error, never in a traceback. Slow imports happen in
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -87,12 +88,15 @@ def data_prepare(
     strict: Annotated[
         bool, typer.Option("--strict", help="stop at the first bad record instead of skipping it")
     ] = False,
+    skip_bad_masks: Annotated[
+        bool, typer.Option("--skip-bad-masks", help="leave out masks outside their picture")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Public dataset → Parquet shards, with counts of what was kept and skipped."""
     from pixellm.jobs.prepare import prepare
 
-    report = prepare(source, input_dir, out, strict=strict)
+    report = prepare(source, input_dir, out, strict=strict, skip_bad_masks=skip_bad_masks, progress=_count_pictures())
     _print(report.to_json_dict(), report.to_text(), as_json)
 
 
@@ -317,6 +321,13 @@ def flops(
 
     comparison = compare_flops(preset, against)
     _print(comparison.to_json_dict(), comparison.to_text(), as_json)
+
+
+def _count_pictures() -> Callable[[int, int | None], None] | None:
+    """A counter on standard error, on a terminal only."""
+    if not sys.stderr.isatty():
+        return None
+    return lambda done, total: print(f"\r{done}/{total or '?'} pictures ", end="", file=sys.stderr, flush=True)
 
 
 def _settings(config: Path | None, context: typer.Context) -> Any:

@@ -22,7 +22,7 @@ _FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 # Libraries that talk at INFO (or warn about what is none of the user's business), and the least that they may say.
 _QUIET: dict[str, int] = {
     "alembic": logging.WARNING,
-    "DeepSpeed": logging.WARNING,
+    "DeepSpeed": logging.ERROR,
     "filelock": logging.WARNING,
     "httpcore": logging.WARNING,
     "httpx": logging.WARNING,
@@ -38,6 +38,7 @@ _CHILD_VARIABLES = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # else Ray announces a future default with each task without a GPU
     "RAY_USAGE_STATS_ENABLED": "0",
     "TOKENIZERS_PARALLELISM": "false",
+    "TQDM_DISABLE": "1",  # transformers' bars for loading a few weights; our own line is rich's
     "TRANSFORMERS_VERBOSITY": "error",
 }
 

@@ -48,7 +48,8 @@ class DataSettings(_Section):
     max_targets: int = Field(3, ge=1, description="targets of one composed question, at most")
     max_questions: int = Field(1, ge=1, description="question turns composed for one sample, at most")
     min_target_share: float = Field(0.0, ge=0, lt=1, description="targets below this share of the picture are left out")
-    block_size: int = Field(16, ge=1, description="samples one reading task prepares")
+    block_size: int = Field(32, ge=1, description="samples one reading task prepares")
+    max_tasks: int | None = Field(None, ge=1, description="reading tasks of one rank at a time; None: as Ray sees fit")
     task_cpus: float = Field(0.5, gt=0, description="logical CPUs of one reading task")
 
 

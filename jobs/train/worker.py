@@ -152,7 +152,13 @@ def _batches(spec: WorkerSpec, encoder: SampleEncoder, start_step: int) -> Itera
         lists = iterate_batches(spec.sources, spec.order(), encoder, **common)
     else:
         lists = stream_batches(
-            spec.sources, spec.order(), encoder, **common, block_size=data.block_size, task_cpus=data.task_cpus
+            spec.sources,
+            spec.order(),
+            encoder,
+            **common,
+            block_size=data.block_size,
+            task_cpus=data.task_cpus,
+            max_tasks=data.max_tasks,
         )
     for examples in lists:
         yield prepare_batch(examples, train.micro_batch_size, encoder.processor.collate)

@@ -17,8 +17,8 @@ from pixellm.platform.masks import rle_decode
 from tests.platform.data_builders import CocoFolder
 
 
-def read(folder: Path, *, strict: bool = False) -> tuple[list[Row], Ledger]:
-    ledger = Ledger(strict=strict)
+def read(folder: Path, *, strict: bool = False, skip_bad_masks: bool = False) -> tuple[list[Row], Ledger]:
+    ledger = Ledger(strict=strict, skip_bad_masks=skip_bad_masks)
     return list(get_source("coco").rows(str(folder), ledger)), ledger
 
 
@@ -106,19 +106,21 @@ def test_a_truncated_picture_is_named_counted_and_skipped_or_raised(demo_data: P
     ],
     ids=["polygon", "box", "rle of another size"],
 )
-def test_a_mask_outside_its_picture_is_skipped_alone_or_raised_with_its_place(tmp_path: Path, fields: dict) -> None:
+def test_a_mask_outside_its_picture_is_an_error_unless_such_masks_are_to_be_skipped(
+    tmp_path: Path, fields: dict
+) -> None:
     coco = CocoFolder(tmp_path / "in")
     coco.add_image(1)
     coco.add_box(10, 1, 2, 2, 10, 10)
     coco.add_box(11, 1, 50, 5, 5, 5, **fields)
     folder = coco.write()
 
-    (row,), ledger = read(folder)
+    (row,), ledger = read(folder, skip_bad_masks=True)
 
     assert [target.target_id for target in row.targets] == ["10"]
     assert ledger.names == {"mask outside its picture": ["000000000001.jpg annotation 11"]}
     with pytest.raises(DataError, match=r"000000000001\.jpg annotation 11: mask outside its picture"):
-        read(folder, strict=True)
+        read(folder)
 
 
 def test_each_other_fault_is_counted_under_its_own_reason(tmp_path: Path) -> None:

@@ -97,12 +97,16 @@ class PrepareReport:
 class Ledger:
     """Counts what a source leaves out. In strict mode the first fault ends the preparation instead.
 
+    A mask outside its picture ends it in any mode, unless `skip_bad_masks`: it says that annotations and photographs do
+    not belong together (another resolution, another file), and skipping would quietly lose everything.
+
     Attributes:
         total: how many pictures the source will look at, once it knows (for progress displays).
     """
 
-    def __init__(self, *, strict: bool = False, progress: Progress | None = None) -> None:
+    def __init__(self, *, strict: bool = False, skip_bad_masks: bool = False, progress: Progress | None = None) -> None:
         self.strict = strict
+        self.skip_bad_masks = skip_bad_masks
         self.total: int | None = None
         self.counts: Counter[str] = Counter()
         self.names: dict[str, list[str]] = {}
@@ -118,6 +122,20 @@ class Ledger:
         if self.strict:
             explanation = f" ({detail})" if detail else ""
             raise DataError(f"{name}: {reason}{explanation}; mend it, or prepare without --strict to skip it")
+        self.leave_out(reason, name)
+
+    def refuse_mask(self, reason: str, name: str, detail: str = "") -> None:
+        """Raises for a mask outside its picture, or writes it down where bad masks are to be skipped.
+
+        Raises:
+            DataError: unless `skip_bad_masks`, or in strict mode.
+        """
+        if not self.skip_bad_masks or self.strict:
+            explanation = f" ({detail})" if detail else ""
+            raise DataError(
+                f"{name}: {reason}{explanation}; do these annotations belong to these photographs? Mend it, or prepare "
+                "with --skip-bad-masks to leave such masks out"
+            )
         self.leave_out(reason, name)
 
     def leave_out(self, reason: str, name: str) -> None:
@@ -205,7 +223,8 @@ def read_mask(annotation: dict[str, Any], picture: Picture, name: str, ledger: L
     """An annotation's mask and its box (x0, y0, x1, y1); a fault goes to the ledger and gives None."""
     rle = try_segmentation_to_rle(annotation.get("segmentation"), picture.height, picture.width)
     if isinstance(rle, MaskFault):
-        ledger.skip(rle.kind.value, name, rle.detail)
+        note = ledger.refuse_mask if rle.kind is MaskFaultKind.OUTSIDE else ledger.skip
+        note(rle.kind.value, name, rle.detail)
         return None
     box = annotation.get("bbox")
     if box is None:
@@ -217,7 +236,7 @@ def read_mask(annotation: dict[str, Any], picture: Picture, name: str, ledger: L
         return None
     corners = _as_float32((x, y, x + box_width, y + box_height))
     if box_overshoot_px(corners, picture.height, picture.width) > BORDER_TOLERANCE_PX:
-        ledger.skip(MaskFaultKind.OUTSIDE.value, name, f"its box {list(box)} leaves the picture")
+        ledger.refuse_mask(MaskFaultKind.OUTSIDE.value, name, f"its box {list(box)} leaves the picture")
         return None
     return rle, corners
 
