@@ -80,12 +80,12 @@ def init_model(
     """
     llm_folder, vision_folder = resolve_folder(llm), resolve_folder(vision)
     source, tower = WeightFiles.find(llm_folder), WeightFiles.find(vision_folder)
+    shapes = {key: shape for key, shape in source.shapes().items() if is_weight(key)}
+    names = language_names(shapes, with_projector=projector == "llava")
     tokenizer = load_tokenizer(llm_folder)
     if tokenizer is None:
         raise ModelLoadError(f"{llm_folder} has no tokenizer (tokenizer.json or tokenizer.model); copy it there")
     ids = add_codebook_tokens(tokenizer, tokens_per_scale, num_scales)
-    shapes = {key: shape for key, shape in source.shapes().items() if is_weight(key)}
-    names = language_names(shapes, with_projector=projector == "llava")
     vision_names = {key: name for key in tower.shapes() if (name := vision_name(key)) is not None}
     vision_shapes = {key: shape for key, shape in tower.shapes().items() if key in vision_names}
     fields: dict[str, Any] = {
