@@ -310,15 +310,14 @@ class PixelLMEngine:
             processor.tokenizer.eos_token_id,
             min(options.max_new_tokens, left),
         )
-        is_image = [token == IMAGE_TOKEN_ID for token in prompt_ids]
+        num_picture = prompt_ids.count(IMAGE_TOKEN_ID)
+        num_words = prompt_ids.index(IMAGE_TOKEN_ID) if num_picture else len(prompt_ids)
         live = LiveRequest(
             handle=handle,
             picture=picture,
-            row=Row(prompt_ids, picture_digest(picture)),
+            row=Row(prompt_ids, picture_digest(picture), num_words, num_picture),
             answer=answer,
             sampler=RowSampler(options),
-            num_image_tokens=sum(is_image),
-            prefix_length=len(prompt_ids) - is_image[::-1].index(True) if any(is_image) else 0,
             client=request.client,
             deadline=None if request.timeout_s is None else watch.started_at + request.timeout_s,
             watch=watch,

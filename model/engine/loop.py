@@ -42,8 +42,6 @@ class LiveRequest:
         row: its place in the cache.
         answer: the words.
         sampler: how its tokens are chosen.
-        num_image_tokens: picture positions in the prompt.
-        prefix_length: prompt positions up to the end of the picture.
         client: for fairness.
         deadline: on the monotonic clock, or None.
         watch: seconds by phase.
@@ -55,8 +53,6 @@ class LiveRequest:
     row: Row
     answer: AnswerState
     sampler: RowSampler
-    num_image_tokens: int
-    prefix_length: int
     client: str = ""
     deadline: float | None = None
     watch: Stopwatch = field(default_factory=Stopwatch)
@@ -210,7 +206,7 @@ class StepLoop:
         self.counters.steps += 1
         for request_id, count in prefill:
             request = self._running[request_id]
-            self._runner.prefill(request.row, count, request.prefix_length)
+            self._runner.prefill(request.row, count)
             self.counters.prefill_forwards += 1
             if request.row.prompt_left == 0:
                 request.watch.lap("prefill")
@@ -333,7 +329,7 @@ def _mask_job(request: LiveRequest, hidden_JD: torch.Tensor, index: int) -> Mask
 def _result(request: LiveRequest, targets: tuple[TargetMask, ...]) -> SegmentationResult:
     answer, watch = request.answer, request.watch
     watch.mark("total")
-    usage = Usage(len(request.row.prompt_ids), len(answer.token_ids), request.num_image_tokens)
+    usage = Usage(len(request.row.prompt_ids), len(answer.token_ids), request.row.num_picture)
     return SegmentationResult(
         text=answer.text,
         targets=targets,

@@ -103,6 +103,12 @@ class MaskWorker:
         return batch, False
 
 
+def decode_in_batches(model: MultimodalBackbone, jobs: list[MaskJob], max_batch_targets: int) -> list[TargetMask]:
+    """Decodes any number of jobs, at most `max_batch_targets` together, so that memory is bounded."""
+    starts = range(0, len(jobs), max_batch_targets)
+    return [target for start in starts for target in decode_jobs(model, jobs[start : start + max_batch_targets])]
+
+
 def decode_jobs(model: MultimodalBackbone, jobs: list[MaskJob]) -> list[TargetMask]:
     """Decodes jobs of any pictures in one batch; targets come back in the order of the jobs."""
     pictures: dict[int, int] = {}

@@ -1,7 +1,8 @@
 """Remembers pictures that were looked at: their features and the key/value states of the prompt up to them.
 
 Several questions about one picture then share its vision pass and, since every prompt starts with the same words and
-the picture, that part of the prompt. Least recently used entries leave first; the bound is in bytes.
+the picture, that part of the prompt; questions about different pictures share the words in front of it. Least recently
+used pictures leave first; the bound is in bytes.
 """
 
 import hashlib
@@ -26,6 +27,11 @@ class PromptPrefix:
 
     ids: tuple[int, ...]
     states: list[LayerStates]
+
+    def fits(self, prompt_ids: list[int]) -> bool:
+        """Whether a prompt starts with these positions and goes on behind them."""
+        length = len(self.ids)
+        return length < len(prompt_ids) and tuple(prompt_ids[:length]) == self.ids
 
     @property
     def num_bytes(self) -> int:
@@ -54,6 +60,7 @@ class PictureCache:
         self.num_hits = 0
         self.num_misses = 0
         self._entries: OrderedDict[bytes, _Entry] = OrderedDict()
+        self._words: PromptPrefix | None = None
 
     def __len__(self) -> int:
         """Pictures held."""
@@ -70,13 +77,21 @@ class PictureCache:
         return entry.features
 
     def prefix(self, digest: bytes, prompt_ids: list[int]) -> PromptPrefix | None:
-        """The picture's prompt prefix, where `prompt_ids` starts with its ids and goes on behind them."""
+        """The longest remembered prefix that a prompt starts with and goes on behind: picture included, or words."""
         entry = self._entries.get(digest)
-        if entry is None or entry.prefix is None:
-            return None
-        length = len(entry.prefix.ids)
-        fits = length < len(prompt_ids) and tuple(prompt_ids[:length]) == entry.prefix.ids
-        return entry.prefix if fits else None
+        for prefix in (entry.prefix if entry else None, self._words):
+            if prefix is not None and prefix.fits(prompt_ids):
+                return prefix
+        return None
+
+    def add_words(self, prefix: PromptPrefix) -> None:
+        """Remembers the words that every prompt starts with: one short prefix, outside the bound."""
+        self._words = prefix
+
+    @property
+    def wants_words(self) -> bool:
+        """Whether the words in front of pictures are not remembered yet."""
+        return self._words is None
 
     def add_features(self, digest: bytes, features: ImageFeatures) -> None:
         """Remembers a picture's features (of one picture), unless they alone exceed the bound."""

@@ -25,6 +25,8 @@ class Row:
     Attributes:
         prompt_ids: picture positions included.
         digest: of the picture.
+        num_words: positions in front of the picture.
+        num_picture: positions of the picture.
         features: of the picture, once it has been looked at.
         row: cache row.
         length: positions that are in the cache.
@@ -34,6 +36,8 @@ class Row:
 
     prompt_ids: list[int]
     digest: bytes
+    num_words: int = 0
+    num_picture: int = 0
     features: ImageFeatures | None = None
     row: int = -1
     length: int = 0
@@ -130,14 +134,8 @@ class Runner:
             self.cache.import_row(row.row, prefix.states)
             row.length = len(prefix.ids)
 
-    def prefill(self, row: Row, count: int, prefix_length: int) -> None:
-        """Runs the next `count` positions of a prompt.
-
-        Args:
-            row: whose prompt.
-            count: at most `row.prompt_left`.
-            prefix_length: positions up to the end of the picture, which other questions about it share.
-        """
+    def prefill(self, row: Row, count: int) -> None:
+        """Runs the next `count` positions of a prompt, at most `row.prompt_left`."""
         assert row.embeds_PD is not None
         start, end = row.length, row.length + count
         self.cache.begin_row(row.row, start, count)
@@ -149,9 +147,8 @@ class Runner:
         if row.prompt_left == 0:
             row.last_hidden_D = hidden[0, -1]
             row.embeds_PD = None
-        if self._reuse_prefix and start < prefix_length <= end and self.pictures.wants_prefix(row.digest):
-            ids = tuple(row.prompt_ids[:prefix_length])
-            self.pictures.add_prefix(row.digest, PromptPrefix(ids, self.cache.export_row(row.row, prefix_length)))
+        if self._reuse_prefix:
+            self._remember_prefixes(row, start)
 
     def decode_tokens(self, rows: Sequence[Row], tokens: Sequence[int], others: Sequence[Row]) -> None:
         """Runs one token for each of some rows in one forward over a span of the cache, which is read without a copy.
@@ -225,6 +222,17 @@ class Runner:
     def logits(self, rows: Sequence[Row]) -> torch.Tensor:
         """Next-token logits [B, V] of rows that have run their last position."""
         return self._model.lm_logits(torch.stack([row.last_hidden_D for row in rows if row.last_hidden_D is not None]))
+
+    def _remember_prefixes(self, row: Row, start: int) -> None:
+        """Keeps the states of the words in front of the picture and of the picture, once they have just been run."""
+        words, picture = row.num_words, row.num_words + row.num_picture
+        if start < words <= row.length and self.pictures.wants_words:
+            self.pictures.add_words(self._prefix(row, words))
+        if start < picture <= row.length and row.num_picture and self.pictures.wants_prefix(row.digest):
+            self.pictures.add_prefix(row.digest, self._prefix(row, picture))
+
+    def _prefix(self, row: Row, length: int) -> PromptPrefix:
+        return PromptPrefix(tuple(row.prompt_ids[:length]), self.cache.export_row(row.row, length))
 
     def _forward(self, embeds: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         hidden, _ = self._model.language_forward(embeds, mask, positions, self.cache, use_cache=True)

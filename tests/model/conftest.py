@@ -14,7 +14,7 @@ from pixellm.model.config import PixelLMConfig
 from pixellm.model.modeling import PixelLMForConditionalGeneration
 from pixellm.model.processing import PixelLMProcessor
 
-sys.path.append(str(Path(__file__).parent))  # for `from micro import …`
+sys.path.append(str(Path(__file__).parent))  # for `from micro import …`, `from engine_reference import …`
 
 MICRO: dict[str, Any] = {
     "text_config": {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4},
@@ -24,35 +24,56 @@ MICRO: dict[str, Any] = {
         "num_hidden_layers": 5,
         "num_attention_heads": 2,
         "patch_size": 14,
+        "image_size": 56,
     },
     "image_size": 84,
     "image_token_grid": 3,
+    "vision_feature_layers": [-2, -3, -5],
+    "projector_hidden_size": 48,
     "decoder_hidden_size": 32,
     "decoder_num_heads": 2,
     "decoder_mlp_size": 48,
+    "initializer_range": 0.1,
+    "embedding_initializer_range": 0.5,
 }
 
 
 class TalkativeModel(PixelLMForConditionalGeneration):
-    """An untrained model whose logits lean towards starting groups and towards ending the answer."""
+    """An untrained model whose logits lean towards starting groups and, less, towards ending the answer."""
 
     def __init__(self, config: PixelLMConfig) -> None:
         super().__init__(config)
-        lean = torch.zeros(config.text_config.vocab_size)
-        lean[config.codebook_token_ids[0]] = 1.0
-        lean[config.text_config.eos_token_id] = 1.0
-        self.register_buffer("lean", lean, persistent=False)
+        self.register_buffer("lean", torch.zeros(config.text_config.vocab_size), persistent=False)
 
     def lm_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         return super().lm_logits(hidden) + self.lean.to(hidden.dtype)
+
+
+@torch.inference_mode()
+def leans(model: Any, processor: PixelLMProcessor, shares: dict[int, float]) -> dict[int, float]:
+    """What to add to the logits of some tokens so that each is the best at about its share of positions."""
+    pixels = np.random.default_rng(1).integers(0, 255, (1, processor.image_size, processor.image_size, 3), np.uint8)
+    valid = torch.tensor([[processor.image_size] * 2])
+    features = model.encode_images(processor.normalise(pixels, valid), valid)
+    words = torch.randint(3, 900, (200,), generator=torch.Generator().manual_seed(2)).tolist()
+    ids = torch.tensor([processor.encode_prompt("a") + words])
+    embeds, mask = model.embed_inputs(ids, features, torch.zeros(1, dtype=torch.long))
+    logits = model.lm_logits(model.language_forward(embeds, mask, torch.arange(ids.shape[1])[None])[0][0, -200:])
+    rest = logits.clone()
+    rest[:, [*processor.token_ids.codebook, *shares]] = float("-inf")
+    return {token: float((rest.amax(-1) - logits[:, token]).quantile(share)) for token, share in shares.items()}
 
 
 def build_micro(seed: int = 0, **overrides: Any) -> tuple[TalkativeModel, PixelLMProcessor]:
     """A micro model with its processor, drawn from `seed`."""
     torch.manual_seed(seed)
     settings = MICRO | overrides
+    settings["vision_feature_layers"] = settings["vision_feature_layers"][: settings.get("num_scales", 2)]
     model = TalkativeModel(PixelLMConfig.from_preset("tiny", **settings)).eval()
-    return model, PixelLMProcessor.for_preset("tiny", **settings)
+    processor = PixelLMProcessor.for_preset("tiny", **settings)
+    for token, lean in leans(model, processor, {processor.token_ids.codebook[0]: 0.2, 2: 0.05}).items():
+        model.lean[token] = lean
+    return model, processor
 
 
 @pytest.fixture(scope="session")
@@ -63,6 +84,11 @@ def micro() -> tuple[TalkativeModel, PixelLMProcessor]:
 @pytest.fixture(scope="session")
 def micro_factory() -> Callable[..., tuple[TalkativeModel, PixelLMProcessor]]:
     return build_micro
+
+
+@pytest.fixture(scope="session")
+def find_leans() -> Callable[..., dict[int, float]]:
+    return leans
 
 
 @pytest.fixture(scope="session")

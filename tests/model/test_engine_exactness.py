@@ -97,7 +97,7 @@ def test_random_batches_with_joins_leaves_and_cancels_answer_as_if_alone(
 def test_groups_of_every_size_answer_as_if_alone(
     micro_factory: Any, pictures: Any, tokens_per_scale: int, num_scales: int
 ) -> None:
-    model, processor = micro_factory(seed=1, tokens_per_scale=tokens_per_scale, num_scales=num_scales)
+    model, processor = micro_factory(seed=0, tokens_per_scale=tokens_per_scale, num_scales=num_scales)
     requests = [
         SegmentRequest(picture, QUESTIONS[0], GenerationOptions(max_new_tokens=40, keep_logits=True))
         for picture in pictures[:3]
@@ -127,7 +127,7 @@ def test_a_second_question_about_a_picture_reuses_its_vision_pass_and_prompt_pre
             SegmentRequest(pictures[1], QUESTIONS[2], GenerationOptions(40, keep_logits=True))
         ).result()
         stats = engine.stats()
-    assert first.text != ""
+    assert first.usage.image_tokens == 9
     assert (stats.picture_hits, stats.picture_misses) == (1, 1)
     prompt = processor.encode_prompt(QUESTIONS[2])
     shared = len(prompt) - prompt[::-1].index(IMAGE_TOKEN_ID)

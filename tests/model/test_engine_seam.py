@@ -97,7 +97,6 @@ class OtherBackbone(nn.Module):
         self.group_head, self.maps = nn.Linear(6 * WIDTH, 2 * 4), nn.Conv2d(3, 8, 1)
         with torch.no_grad():
             self.qkv.weight *= 3
-            self.head.bias[[processor.token_ids.codebook[0], 2]] += torch.tensor([4.0, 2.0])
 
     def get_input_embeddings(self) -> nn.Module:
         return self.embedding
@@ -146,9 +145,13 @@ class OtherBackbone(nn.Module):
         return torch.einsum("mgc,mgchw->mhw", embeds_MGC, scales[image_index_M])
 
 
-def test_a_network_of_another_make_answers_through_the_engine_as_it_does_alone(pictures: Any) -> None:
-    processor = PixelLMProcessor.for_preset("tiny", image_size=SIDE, image_token_grid=3)
+def test_a_network_of_another_make_answers_through_the_engine_as_it_does_alone(
+    pictures: Any, micro: Any, find_leans: Any
+) -> None:
+    processor = micro[1]
     model = OtherBackbone(processor).eval()
+    for token, lean in find_leans(model, processor, {processor.token_ids.codebook[0]: 0.3, 2: 0.03}).items():
+        model.head.bias.data[token] += lean
     assert isinstance(model, MultimodalBackbone)
     requests = [
         SegmentRequest(picture, question, GenerationOptions(max_new_tokens=40, keep_logits=True))

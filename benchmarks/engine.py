@@ -1,0 +1,266 @@
+"""The engine against what it replaces, and what its own costs grow with.
+
+    python -m benchmarks.engine [--preset small] [--quick]
+
+Six measurements, each with both sides in this run: (a) the released algorithm, (b) transformers' `generate` and a
+second pass, (c) static batches, (d) growth of the cost per token, (e) a group in one forward against token by token,
+(f) masks of 1, 8 and 64 targets with their peak memory. The last line is one JSON object; a ratio above 1 means that
+the engine is better.
+"""
+
+import argparse
+import json
+import math
+import os
+import platform
+import random
+import statistics
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.engine_baselines import (
+    BareRunner,
+    Case,
+    answer_as_released,
+    answer_with_generate,
+    run_static_batches,
+    seconds_per_group,
+    write_answers,
+)
+from pixellm.model.config import PixelLMConfig
+from pixellm.model.engine import EngineOptions, GenerationOptions, PixelLMEngine, SchedulerLimits
+from pixellm.model.engine.mask_worker import MaskJob, decode_in_batches
+from pixellm.model.images import PreparedImage
+from pixellm.model.modeling import PixelLMForConditionalGeneration
+from pixellm.model.processing import PixelLMProcessor
+
+QUESTION = "Segment the cat, the dog and the laptop."
+ANSWER = "Sure, the cat {seg} sits next to the dog {seg} and in front of the laptop {seg}."
+QUICK_ANSWER = "cat {seg}, dog {seg}, laptop {seg}"
+GROWTH_TOKENS = (16, 32, 64, 128, 256, 512)
+MASK_COUNTS = (1, 8, 64)
+
+
+def build_case(preset: str) -> Case:
+    """An untrained network of a preset with one square picture of noise."""
+    torch.manual_seed(0)
+    model = PixelLMForConditionalGeneration(PixelLMConfig.from_preset(preset)).eval()
+    side = model.config.image_size
+    pixels = np.random.default_rng(0).integers(0, 255, (side, side, 3), dtype=np.uint8)
+    return Case(model, PixelLMProcessor.for_preset(preset), PreparedImage(pixels, (side, side), (480, 480)))
+
+
+def alternate(sides: dict[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
+    """Runs each side once to warm up, then all sides in turn; returns every side's seconds."""
+    for run in sides.values():
+        run()
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(repeats):
+        for name, run in sides.items():
+            seconds[name].append(run())
+    return seconds
+
+
+def seconds_of(run: Callable[[], Any]) -> float:
+    """Seconds of one call."""
+    started = time.perf_counter()
+    run()
+    return time.perf_counter() - started
+
+
+def compare_answers(case: Case, answer: str, repeats: int) -> dict[str, float]:
+    """(a) and (b): seconds per request at batch 1 for an answer of three targets; all ids and masks must be equal."""
+    write_answers(case, [(QUESTION, answer)])
+    prompt, limit = case.processor.encode_prompt(QUESTION), 80
+    options = EngineOptions(picture_cache_bytes=0)
+    with PixelLMEngine(case.model, case.processor, max_batch_size=1, options=options) as engine:
+
+        def ask() -> Any:
+            return engine.submit_prepared(case.picture, prompt, GenerationOptions(max_new_tokens=limit)).result()
+
+        ours = ask()
+        for other in (answer_with_generate, answer_as_released):
+            ids, targets = other(case, QUESTION, limit)
+            same = len(targets) == len(ours.targets) == 3 and list(ours.token_ids) == ids
+            if not same or not all(np.array_equal(a.mask, b.mask) for a, b in zip(ours.targets, targets, strict=True)):
+                raise SystemExit(f"{other.__name__} and the engine answer differently: {ids} and {ours.token_ids}")
+        sides: dict[str, Callable[[], float]] = {
+            "engine": lambda: seconds_of(ask),
+            "generate": lambda: seconds_of(lambda: answer_with_generate(case, QUESTION, limit)),
+        }
+        fast = alternate(sides, max(repeats, 7))
+        released = []
+        for _ in range(repeats):
+            fast["engine"].append(seconds_of(ask))
+            released.append(seconds_of(lambda: answer_as_released(case, QUESTION, limit)))
+        before = engine.stats().counters
+        ask()
+        after = engine.stats().counters
+    engine_s, generate_s, released_s = map(statistics.median, (fast["engine"], fast["generate"], released))
+    print(
+        f"(a, b) one request of {len(ours.token_ids)} tokens and 3 targets: engine {engine_s:.3f} s, generate and a "
+        f"second pass {generate_s:.3f} s, released {released_s:.2f} s (same ids and masks)"
+    )
+    return {
+        "speedup_vs_released": released_s / engine_s,
+        "speedup_vs_generate": generate_s / engine_s,
+        "forwards_per_target": (after.group_forwards - before.group_forwards) / (after.targets - before.targets),
+        "seconds_per_request": engine_s,
+    }
+
+
+def compare_batching(case: Case, num_requests: int, repeats: int) -> dict[str, float]:
+    """(c): requests of mixed lengths, continuous against static batches of eight, on a picture seen before."""
+    write_endless_answers(case)
+    rng = random.Random(0)
+    lengths = [round(math.exp(rng.uniform(math.log(8), math.log(128)))) for _ in range(num_requests)]
+    work = [(f"Segment the cat number {i}.", length) for i, length in enumerate(lengths)]
+    prompts = [case.processor.encode_prompt(question) for question, _ in work]
+    bare = BareRunner(case, 8)
+    limits = SchedulerLimits(max_batch_size=8, max_admissions=8)
+    with PixelLMEngine(case.model, case.processor, options=EngineOptions(limits=limits)) as engine:
+
+        def continuous() -> float:
+            started = time.perf_counter()
+            handles = [
+                engine.submit_prepared(case.picture, prompt, GenerationOptions(max_new_tokens=length))
+                for prompt, length in zip(prompts, lengths, strict=True)
+            ]
+            if [len(handle.result().token_ids) for handle in handles] != lengths:
+                raise SystemExit("an answer of the mixed lengths ended early")
+            return time.perf_counter() - started
+
+        seconds = alternate({"continuous": continuous, "static": lambda: run_static_batches(bare, work, 8)}, repeats)
+    ours, static = statistics.median(seconds["continuous"]), statistics.median(seconds["static"])
+    print(
+        f"(c) {num_requests} requests of {min(lengths)} to {max(lengths)} tokens ({sum(lengths)} in all), 8 at a time: "
+        f"continuous {ours:.2f} s, static {static:.2f} s"
+    )
+    return {"continuous_vs_static": static / ours, "tokens_per_s": sum(lengths) / ours}
+
+
+def measure_growth(case: Case, repeats: int) -> dict[str, float]:
+    """(d): exponent of decoding seconds over tokens generated; 1 means that the cost per token is flat."""
+    write_endless_answers(case)
+    prompt = case.processor.encode_prompt(QUESTION)
+    with PixelLMEngine(case.model, case.processor, max_batch_size=1) as engine:
+
+        def decode_s(count: int) -> float:
+            handle = engine.submit_prepared(case.picture, prompt, GenerationOptions(max_new_tokens=count))
+            return handle.result().timings_s["decode"]
+
+        sides = {str(count): (lambda count=count: decode_s(count)) for count in GROWTH_TOKENS}
+        seconds = {name: statistics.median(values) for name, values in alternate(sides, repeats).items()}
+    exponent = np.polyfit(np.log(GROWTH_TOKENS), np.log([seconds[str(count)] for count in GROWTH_TOKENS]), 1)[0]
+    per_token = ", ".join(f"{count}: {1000 * seconds[str(count)] / count:.1f}" for count in GROWTH_TOKENS)
+    print(f"(d) milliseconds per token by tokens generated: {per_token}; exponent {exponent:.3f}")
+    return {"growth_exponent": float(exponent)}
+
+
+def compare_groups(case: Case, repeats: int) -> dict[str, float]:
+    """(e): a group's positions in one forward against one forward each."""
+    together, single = seconds_per_group(BareRunner(case, 1), QUESTION, repeats)
+    print(f"(e) a group in one forward {1000 * together:.1f} ms, token by token {1000 * single:.1f} ms")
+    return {"group_speedup": single / together}
+
+
+@torch.inference_mode()
+def measure_masks(case: Case, repeats: int) -> dict[str, Any]:
+    """(f): one call for 1, 8 and 64 targets: seconds and growth of resident memory."""
+    model = case.model
+    features = model.encode_images(*case.pixel_values())
+    width, group = model.config.text_config.hidden_size, model.config.group_size
+    generator = torch.Generator().manual_seed(0)
+
+    def jobs(count: int) -> list[MaskJob]:
+        hidden = torch.randn(count, group, width, generator=generator)
+        options = GenerationOptions()
+        return [MaskJob(h, features, case.picture, options, i, "", lambda *_: None) for i, h in enumerate(hidden)]
+
+    limit = EngineOptions().max_batch_targets
+    prepared = {count: jobs(count) for count in MASK_COUNTS}
+    sides = {
+        str(count): (lambda work=work: seconds_of(lambda: decode_in_batches(model, work, limit)))
+        for count, work in prepared.items()
+    }
+    seconds = {name: statistics.median(values) for name, values in alternate(sides, repeats).items()}
+    peaks = {
+        count: peak_growth(lambda work=work: decode_in_batches(model, work, limit)) for count, work in prepared.items()
+    }
+    shown = ", ".join(f"{n}: {1000 * seconds[str(n)]:.0f} ms, peak {peaks[n] / 2**20:.0f} MiB" for n in MASK_COUNTS)
+    print(f"(f) masks at 480×480, at most {limit} targets decoded together: {shown}")
+    return {
+        "decode_64_over_1": seconds["64"] / seconds["1"],
+        "mask_peak_mib": {str(count): round(peak / 2**20, 1) for count, peak in peaks.items()},
+    }
+
+
+def peak_growth(run: Callable[[], Any]) -> int:
+    """Bytes by which resident memory rises at most while `run` runs, sampled every millisecond."""
+    page, done = os.sysconf("SC_PAGE_SIZE"), threading.Event()
+
+    def resident() -> int:
+        with open("/proc/self/statm", encoding="ascii") as statm:
+            return int(statm.read().split()[1]) * page
+
+    start = peak = resident()
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.wait(0.001):
+            peak = max(peak, resident())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    run()
+    done.set()
+    watcher.join()
+    return peak - start
+
+
+@torch.inference_mode()
+def write_endless_answers(case: Case) -> None:
+    """A random head that never ends an answer and never points: only the number of tokens matters here."""
+    weight = case.model.lm_head.weight
+    weight.normal_(generator=torch.Generator().manual_seed(1))
+    weight[[case.processor.tokenizer.eos_token_id, *case.processor.token_ids.codebook]] = 0.0
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measures and prints the result."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="small", help="sizes of the network (default: small)")
+    parser.add_argument(
+        "--quick", action="store_true", help="shorter answers and fewer requests; below 5 minutes on 2 cores"
+    )
+    options = parser.parse_args(arguments)
+    repeats = 5
+    started = time.perf_counter()
+    case = build_case(options.preset)
+    print(f"preset {options.preset}: {sum(p.numel() for p in case.model.parameters()) / 1e6:.1f} M weights, fp32, "
+          f"{torch.get_num_threads()} threads")  # fmt: skip
+    result: dict[str, Any] = {"benchmark": "engine", "preset": options.preset, "quick": options.quick}
+    result |= {"device": f"cpu ({platform.machine()})", "num_cpus": os.cpu_count(), "commit": commit()}
+    result |= compare_answers(case, QUICK_ANSWER if options.quick else ANSWER, repeats)
+    result |= compare_batching(case, 16 if options.quick else 48, repeats)
+    result |= measure_growth(case, 2 if options.quick else repeats)
+    result |= compare_groups(case, 9)
+    result |= measure_masks(case, repeats)
+    result["seconds"] = round(time.perf_counter() - started, 1)
+    print(json.dumps({key: round(value, 4) if isinstance(value, float) else value for key, value in result.items()}))
+
+
+def commit() -> str:
+    """The commit that is checked out, or an empty string outside git."""
+    run = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    return run.stdout.strip()
+
+
+if __name__ == "__main__":
+    main()
