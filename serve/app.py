@@ -8,6 +8,7 @@ end.
 import logging
 import re
 import signal
+import socket
 import threading
 import time
 from contextlib import suppress
@@ -39,22 +40,32 @@ class ServiceHandle:
     """A running service; also a context manager that stops it.
 
     Attributes:
-        url: `http://HOST:PORT`, where the page and the API are.
+        host: address that is listened on.
+        port: its port.
         card: the model version that is served.
+        app_name: the Serve application.
+        owns_serve: whether Ray Serve was started for it and ends with it.
     """
 
-    url: str
+    host: str
+    port: int
     card: ModelCard
     app_name: str = APP_NAME
     owns_serve: bool = True
     _is_stopped: bool = field(default=False, repr=False)
+
+    @property
+    def url(self) -> str:
+        """`http://HOST:PORT`, where the page and the API are."""
+        address = _reachable(self.host)
+        return f"http://[{address}]:{self.port}" if ":" in address else f"http://{address}:{self.port}"
 
     def stop(self) -> None:
         """Takes the service down; Ray itself goes on. Further calls do nothing."""
         if self._is_stopped:
             return
         self._is_stopped = True
-        _take_down(self.app_name, self.owns_serve)
+        _take_down(self.app_name, self.owns_serve, self.host, self.port)
 
     def __enter__(self) -> Self:
         return self
@@ -97,16 +108,16 @@ def deploy(
     card = pin(model_ref, tracking)
     _quieten_serve()
     owns_serve = _start_serve(host, port)
-    url = f"http://{_reachable(host)}:{port}"
+    service = ServiceHandle(host, port, card, app_name, owns_serve)
     try:
         _run_application(build_application(settings, card, tracking, app_name), app_name)
         deadline = time.monotonic() + settings.start_timeout_s
         _wait_until_running(app_name, settings, deadline)
-        _wait_until_it_answers(url, deadline)
+        _wait_until_it_answers(service.url, deadline)
     except BaseException:
-        _take_down(app_name, owns_serve)
+        service.stop()
         raise
-    return ServiceHandle(url, card, app_name, owns_serve)
+    return service
 
 
 def build_application(settings: ServeSettings, card: ModelCard, tracking: TrackingSettings, app_name: str) -> Any:
@@ -298,12 +309,19 @@ def _wait_until_it_answers(url: str, deadline: float) -> None:
         time.sleep(_POLL_S)
 
 
-def _take_down(app_name: str, owns_serve: bool) -> None:
+def _take_down(app_name: str, owns_serve: bool, host: str, port: int) -> None:
+    """Ends the application, and Serve with it where this process started it; then nothing listens there any more."""
     from ray import serve
 
-    serve.delete(app_name)
-    if owns_serve:
-        _shut_serve_down()
+    if not owns_serve:
+        serve.delete(app_name)
+        return
+    _shut_serve_down()
+    deadline = time.monotonic() + _SHUTDOWN_LIMIT_S
+    with suppress(OSError):  # refused: the proxy is gone
+        while time.monotonic() < deadline:
+            socket.create_connection((_reachable(host), port), timeout=1).close()
+            time.sleep(_POLL_S)
 
 
 def _shut_serve_down() -> None:
@@ -339,6 +357,5 @@ def _with_absolute_root(tracking: TrackingSettings) -> TrackingSettings:
 
 
 def _reachable(host: str) -> str:
-    """An address a client on this machine can use for a listening address."""
-    address = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-    return f"[{address}]" if ":" in address else address
+    """An address that a client on this machine can use for a listening address."""
+    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)

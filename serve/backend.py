@@ -7,10 +7,16 @@ again. A stream is sent again only while nothing of it has reached the client.
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, Sequence
+from contextlib import suppress
 from typing import Any, Protocol
 
-from ray.exceptions import RayActorError, RayTaskError, TaskCancelledError, WorkerCrashedError
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RequestCancelledError
+from ray.exceptions import RayActorError, RayError, RayTaskError, TaskCancelledError, WorkerCrashedError
+from ray.serve.exceptions import (
+    BackPressureError,
+    DeploymentUnavailableError,
+    RayServeException,
+    RequestCancelledError,
+)
 from ray.serve.handle import DeploymentHandle
 
 from pixellm.errors import BadRequestError, OverloadedError, PixelLMError, RequestTimeoutError, ServingError
@@ -83,8 +89,9 @@ class ReplicaBackend:
                 await self._before_retry(attempt, error, deadline)
                 attempt += 1
                 continue
-            except BaseException as error:
-                response.cancel()
+            except (TimeoutError, asyncio.CancelledError) as error:
+                raise self._given_up(response, error) from None
+            except Exception as error:
                 raise self._translated(error) from None
             self._typical_s += 0.1 * (loop.time() - start - self._typical_s)
             return _unless_refused(outcome)
@@ -97,27 +104,21 @@ class ReplicaBackend:
         """
         deadline = asyncio.get_running_loop().time() + self._settings.request_timeout_s
         response, events = await self._opened(question, deadline)
-        finished = False
         try:
             while True:
                 for event in events:
-                    finished = isinstance(event, Answer)
                     yield _unless_refused(event)
                 async with asyncio.timeout_at(deadline):
                     events = await anext(response)
         except StopAsyncIteration:
-            finished = True
+            return
+        except (TimeoutError, asyncio.CancelledError, GeneratorExit) as error:
+            raise self._given_up(response, error) from None
         except _REPLICA_DIED as error:
             _LOG.warning("a replica died while it streamed an answer: %s", error)
             raise ServingError("the replica that answered died; ask again") from None
-        except (asyncio.CancelledError, GeneratorExit):
-            self._metrics.cancelled.inc()
-            raise
         except Exception as error:
             raise self._translated(error) from None
-        finally:
-            if not finished:
-                response.cancel()
 
     async def _opened(self, question: Question, deadline: float) -> tuple[Any, Sequence[Event]]:
         """A stream of which the first events are there; until then a dead replica costs the client nothing."""
@@ -130,8 +131,9 @@ class ReplicaBackend:
             except _REPLICA_DIED as error:
                 await self._before_retry(attempt, error, deadline)
                 attempt += 1
-            except BaseException as error:
-                response.cancel()
+            except (TimeoutError, asyncio.CancelledError) as error:
+                raise self._given_up(response, error) from None
+            except Exception as error:
                 raise self._translated(error) from None
 
     async def num_ready_replicas(self) -> int:
@@ -150,13 +152,19 @@ class ReplicaBackend:
             raise self._timed_out() from None
         await asyncio.sleep(pause_s)
 
-    def _translated(self, error: BaseException) -> BaseException:
-        """A Ray error as what it means to the client; errors of our own and cancellation pass."""
+    def _given_up(self, response: Any, error: BaseException) -> BaseException:
+        """Cancels on the replica what nobody waits for any more; returns what to raise."""
+        with suppress(RayError, RayServeException):  # `cancel` raises what the call ended with meanwhile
+            response.cancel()
+        if isinstance(error, TimeoutError):
+            return self._timed_out()
+        self._metrics.cancelled.inc()
+        return error
+
+    def _translated(self, error: Exception) -> Exception:
+        """A Ray error as what it means to the client; errors of our own pass."""
         if isinstance(error, RayTaskError) and isinstance(error.cause, Exception):
             error = error.cause
-        if isinstance(error, asyncio.CancelledError):
-            self._metrics.cancelled.inc()
-            return error
         if isinstance(error, PixelLMError):
             return error
         if isinstance(error, BackPressureError):
@@ -167,8 +175,6 @@ class ReplicaBackend:
             )
         if isinstance(error, DeploymentUnavailableError):
             return OverloadedError("no engine is running; the operator's `serve status` says why", retry_after_s=10)
-        if isinstance(error, TimeoutError):
-            return self._timed_out()
         if isinstance(error, (RequestCancelledError, TaskCancelledError)):
             return OverloadedError("the question was given up by the server; ask again", retry_after_s=1)
         return error

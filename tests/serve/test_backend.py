@@ -49,6 +49,9 @@ class Response:
         return self
 
     def cancel(self) -> None:
+        """As Ray Serve's: on a call that has failed it raises the failure."""
+        if isinstance(self._outcome, Exception):
+            raise self._outcome
         self.is_cancelled = True
 
     @staticmethod
