@@ -60,12 +60,13 @@ class PixelLMConfig(PreTrainedConfig):
     model_type = "pixellm"
     sub_configs_defaults = {"text_config": LlamaConfig, "vision_config": CLIPVisionConfig}  # noqa: RUF012
 
-    text_config: dict[str, Any] | LlamaConfig | None = None
-    vision_config: dict[str, Any] | CLIPVisionConfig | None = None
+    # Given as dicts or configs, left out or None; `__post_init__` makes them what the annotations say.
+    text_config: LlamaConfig = None
+    vision_config: CLIPVisionConfig = None
     tokens_per_scale: int = 3
     num_scales: int = 2
     image_size: int = 448
-    vision_feature_layers: list[int] | None = None
+    vision_feature_layers: list[int] = None  # type: ignore[assignment]
     image_token_grid: int = 16
     projector_type: str = "mlp"
     projector_hidden_size: int = 8192
@@ -85,9 +86,9 @@ class PixelLMConfig(PreTrainedConfig):
     initializer_range: float | None = None
     embedding_initializer_range: float | None = None
     image_token_id: int = IMAGE_TOKEN_ID
-    codebook_token_ids: list[int] | None = None
-    im_start_id: int | None = None
-    im_end_id: int | None = None
+    codebook_token_ids: list[int] = None  # type: ignore[assignment]
+    im_start_id: int = None  # type: ignore[assignment]
+    im_end_id: int = None  # type: ignore[assignment]
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -141,7 +142,7 @@ class PixelLMConfig(PreTrainedConfig):
     def vision_layers(self) -> list[int]:
         """`vision_feature_layers` as non-negative hidden-state indices."""
         count = self.vision_config.num_hidden_layers + 1
-        return [layer + count if layer < 0 else layer for layer in self.vision_feature_layers or []]
+        return [layer + count if layer < 0 else layer for layer in self.vision_feature_layers]
 
 
 def _check(config: PixelLMConfig) -> None:
@@ -172,7 +173,7 @@ def _check(config: PixelLMConfig) -> None:
         )
     if config.target_refinement_alpha < 1:
         raise ConfigError(f"target_refinement_alpha is {config.target_refinement_alpha}; 1 switches it off, paper: 2")
-    ids = [*(config.codebook_token_ids or []), config.im_start_id, config.im_end_id]
+    ids = [*config.codebook_token_ids, config.im_start_id, config.im_end_id]
     vocab_size = config.text_config.vocab_size
     if len(ids) != config.group_size + 2 or len(set(ids)) != len(ids) or not all(0 <= i < vocab_size for i in ids):
         raise ConfigError(

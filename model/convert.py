@@ -26,8 +26,7 @@ from pixellm.model.assemble import (
     weight_shapes,
 )
 from pixellm.model.config import PixelLMConfig
-from pixellm.model.loading import check_loading_info
-from pixellm.model.modeling import PARTS, PixelLMForConditionalGeneration
+from pixellm.model.modeling import PixelLMForConditionalGeneration
 from pixellm.model.official import (
     Shapes,
     config_from_official,
@@ -89,12 +88,7 @@ def from_official(
         if name.startswith(_OWN_PARAMETERS):
             weights[name] = new_parameters(name, shape, config)
     weights = {name: tensor.to(dtype) for name, tensor in weights.items()}
-    model, info = super(PixelLMForConditionalGeneration, PixelLMForConditionalGeneration).from_pretrained(
-        None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True
-    )
-    check_loading_info("the converted checkpoint", info)
-    model.set_trainable_parts(PARTS)
-    return model
+    return PixelLMForConditionalGeneration.from_weights(config, weights, dtype)
 
 
 def check_official(found: Shapes, vision_found: Shapes, config: PixelLMConfig) -> dict[str, str]:

@@ -185,7 +185,7 @@ def _lisa(language_preset: str, text_tokens: int, num_targets: int) -> dict[str,
     clip = CLIPVisionModel(CLIPVisionConfig(**(CLIP_L_336 | {"image_size": 224}))).eval()
     projector = nn.Linear(clip.config.hidden_size, width)
     text_head = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, _SAM_WIDTH))
-    vit_h = {"hidden_size": 1280, "num_hidden_layers": 32, "num_attention_heads": 16, "mlp_dim": 5120}
+    vit_h: dict[str, Any] = {"hidden_size": 1280, "num_hidden_layers": 32, "num_attention_heads": 16, "mlp_dim": 5120}
     vit_h |= {"global_attn_indexes": [7, 15, 23, 31], "image_size": _SAM_SIZE}
     sam = SamModel(SamConfig(vision_config=vit_h)).eval()
     clip_pixels, sam_pixels = torch.zeros(1, 3, 224, 224), torch.zeros(1, 3, _SAM_SIZE, _SAM_SIZE)

@@ -103,8 +103,8 @@ class PixelLMForConditionalGeneration(PreTrainedModel):
         """Draws the parts that are ours as torch (and the released code) does; the towers draw their own."""
         if module is self.lm_head:
             init.normal_(module.weight, std=self.config.text_config.initializer_range)
-        elif hasattr(module, "reset_parameters"):
-            module.reset_parameters()
+        elif callable(reset := getattr(module, "reset_parameters", None)):
+            reset()
 
     @classmethod
     def from_pretrained(cls, path: str | PathLike[str], *args: Any, **kwargs: Any) -> "PixelLMForConditionalGeneration":
@@ -121,6 +121,22 @@ class PixelLMForConditionalGeneration(PreTrainedModel):
         model, info = load_with_info(super().from_pretrained, path, *args, **kwargs)
         check_loading_info(path, info)
         model.set_trainable_parts(PARTS)  # loading makes new parameters, all of which would train
+        return model
+
+    @classmethod
+    def from_weights(
+        cls, config: PixelLMConfig, weights: dict[str, Tensor], dtype: torch.dtype
+    ) -> "PixelLMForConditionalGeneration":
+        """Builds a model on weights in memory, which it keeps.
+
+        Raises:
+            ModelLoadError: weights that are missing, unexpected or of another shape.
+        """
+        model, info = super().from_pretrained(
+            None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True
+        )
+        check_loading_info("the state dict", info)
+        model.set_trainable_parts(PARTS)
         return model
 
     def save_pretrained(self, save_directory: str | PathLike[str], **kwargs: Any) -> None:
@@ -149,7 +165,7 @@ class PixelLMForConditionalGeneration(PreTrainedModel):
 
     def set_output_embeddings(self, value: nn.Module) -> None:
         """Replaces the language-model head."""
-        self.lm_head = value
+        self.lm_head = value  # type: ignore[assignment]
 
     @staticmethod
     def part_of(parameter_name: str) -> str:
@@ -166,10 +182,9 @@ class PixelLMForConditionalGeneration(PreTrainedModel):
     def set_trainable_parts(self, parts: tuple[str, ...] | list[str] | set[str]) -> None:
         """Lets exactly these parts train; weights that no loss reaches and a frozen neck never do."""
         last_layer = max(self.config.vision_layers)
-        unused = ("decoder.iou_head.", "vision_tower.post_layernorm.")
-        unused += tuple(
-            f"vision_tower.encoder.layers.{i}." for i in range(last_layer, self.config.vision_config.num_hidden_layers)
-        )
+        num_layers = self.config.vision_config.num_hidden_layers
+        unused_layers = tuple(f"vision_tower.encoder.layers.{i}." for i in range(last_layer, num_layers))
+        unused = ("decoder.iou_head.", "vision_tower.post_layernorm.", *unused_layers)
         for name, parameter in self.named_parameters():
             part = self.part_of(name)
             is_frozen = name.startswith(unused) or (part == "neck" and self.config.freeze_neck)
@@ -320,33 +335,38 @@ class PixelLMForConditionalGeneration(PreTrainedModel):
         hidden, _ = self.language_forward(embeds, attendable, position_ids)
         logits = self.lm_logits(hidden)
         rows, positions = self._match_groups(input_ids, target_rows)
-        # With no target at all, one group at the start still runs through codebook and decoder, at weight 0: ranks
-        # that shard parameters must run the same modules.
-        is_dummy = len(rows) == 0 and self.training
-        if is_dummy:
-            rows, positions = input_ids.new_zeros(1), input_ids.new_ones(1)
-        embeds_MGC = self.codebook_embeds(gather_groups(hidden, rows, positions, self.config.group_size))
-        mask_logits = self.decode_masks(embeds_MGC, features.scales, image_index[rows])
-        anchor = mask_logits.sum() * 0 if is_dummy else None
-        if is_dummy:
-            rows, embeds_MGC, mask_logits = rows[:0], embeds_MGC[:0], mask_logits[:0]
+        embeds_MGC, mask_logits, anchor = self._decode_groups(hidden, features, rows, positions, image_index)
         losses: dict[str, Tensor] = {}
         if labels is not None:
             losses["text"] = self.config.text_loss_weight * text_loss(logits, labels)
         if target_masks is not None:
             targets = MaskTargets(target_masks, rows, image_index[rows], image_valid_hw, original_hw)
             losses |= mask_losses(mask_logits, targets, self.config)
-        loss = sum(losses.values()) if losses else None
-        if loss is not None and anchor is not None:
-            loss = loss + anchor
         return PixelLMOutput(
-            loss=loss,
+            loss=sum(losses.values(), start=anchor) if losses else None,
             losses={name: value.detach() for name, value in losses.items()},
             logits=logits,
             mask_logits=mask_logits,
             embeds_MGC=embeds_MGC,
             target_rows=rows,
         )
+
+    def _decode_groups(
+        self, hidden_BLD: Tensor, features: ImageFeatures, rows: Tensor, positions: Tensor, image_index: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Embeddings and mask logits of the groups, and a zero that the loss starts from.
+
+        With no group at all in training, one stand-in still runs through codebook and decoder, at weight 0: ranks that
+        shard parameters must run the same modules.
+        """
+        is_stand_in = len(rows) == 0 and self.training
+        if is_stand_in:
+            rows, positions = rows.new_zeros(1), rows.new_ones(1)
+        embeds_MGC = self.codebook_embeds(gather_groups(hidden_BLD, rows, positions, self.config.group_size))
+        mask_logits = self.decode_masks(embeds_MGC, features.scales, image_index[rows])
+        if is_stand_in:
+            return embeds_MGC[:0], mask_logits[:0], mask_logits.sum() * 0
+        return embeds_MGC, mask_logits, mask_logits.new_zeros(())
 
     def _match_groups(self, input_ids: Tensor, target_rows: Tensor | None) -> tuple[Tensor, Tensor]:
         """Rows and positions of the groups, in the order of `target_rows` where given."""

@@ -203,7 +203,7 @@ def new_parameters(name: str, shape: tuple[int, ...], config: PixelLMConfig) -> 
 
 
 def _unused_shapes(size: int) -> Shapes:
-    mask_head = {"0": (size, size), "1": (size, size), "2": (size // 8, size)}
+    mask_head: Shapes = {"0": (size, size), "1": (size, size), "2": (size // 8, size)}
     shapes: Shapes = {"model.prompt_encoder.not_a_point_embed.weight": (1, size)}
     for i in range(4):
         shapes[f"model.prompt_encoder.point_embeddings.{i}.weight"] = (1, size)
@@ -211,7 +211,7 @@ def _unused_shapes(size: int) -> Shapes:
         for layer, shape in mask_head.items():
             key = f"model.mask_decoder.output_hypernetworks_mlps.{i}.layers.{layer}"
             shapes |= {f"{key}.weight": shape, f"{key}.bias": shape[:1]}
-    downscaling = {"0": (4, 1, 2, 2), "1": (4,), "3": (16, 4, 2, 2), "4": (16,), "6": (size, 16, 1, 1)}
+    downscaling: Shapes = {"0": (4, 1, 2, 2), "1": (4,), "3": (16, 4, 2, 2), "4": (16,), "6": (size, 16, 1, 1)}
     for layer, shape in downscaling.items():
         key = f"model.prompt_encoder.mask_downscaling.{layer}"
         shapes |= {f"{key}.weight": shape, f"{key}.bias": shape[:1]}

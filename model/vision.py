@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
+from transformers.models.clip.modeling_clip import CLIPVisionEmbeddings
 
 
 def resize_positions(table: Tensor, grid: int, mode: str) -> Tensor:
@@ -49,12 +50,29 @@ def valid_patches(image_valid_hw: Tensor, grid: int, patch_size: int) -> Tensor:
     return rows[:, :, None] & columns[:, None, :]
 
 
+class CanvasEmbeddings(CLIPVisionEmbeddings):
+    """CLIP's patch, CLS and position embeddings for a canvas of any size.
+
+    Every weight is used inside the forward of the module that owns it: sharded training (ZeRO 3) has it only there.
+    """
+
+    def forward(self, pixel_values: Tensor, position_resize: str) -> Tensor:
+        """Embeds `[I, 3, S, S]` as `[I, 1 + g·g, D]`, positions resized as `position_resize` says."""
+        patches = self.patch_embedding(pixel_values.to(self.class_embedding.dtype))
+        grid = patches.shape[-1]
+        rows = torch.arange(self.num_positions, device=patches.device)
+        positions = resize_positions(self.position_embedding(rows), grid, position_resize)
+        cls_token = self.class_embedding.expand(len(patches), 1, -1)
+        return torch.cat([cls_token, patches.flatten(2).transpose(1, 2)], dim=1) + positions
+
+
 class VisionTower(CLIPVisionModel):
     """CLIP's vision transformer, returning hidden states of a padded canvas of any size."""
 
     def __init__(self, config: CLIPVisionConfig) -> None:
         super().__init__(config)
-        self.post_layernorm.requires_grad_(False)
+        self.embeddings = CanvasEmbeddings(config)
+        self._init_weights(self.embeddings)
 
     def hidden_states(
         self, pixel_values: Tensor, patch_valid: Tensor, layers: list[int], position_resize: str
@@ -70,7 +88,7 @@ class VisionTower(CLIPVisionModel):
         Returns:
             One `[I, g·g, D]` per wanted layer, without CLS.
         """
-        hidden = self._embed(pixel_values, patch_valid.shape[-1], position_resize)
+        hidden = self.pre_layrnorm(self.embeddings(pixel_values, position_resize))
         mask = _key_mask(patch_valid, hidden.dtype)
         kept = {0: hidden}
         for index, layer in enumerate(self.encoder.layers[: max(layers)]):
@@ -78,14 +96,6 @@ class VisionTower(CLIPVisionModel):
             if index + 1 in layers:
                 kept[index + 1] = hidden
         return [kept[index][:, 1:] for index in layers]
-
-    def _embed(self, pixel_values: Tensor, grid: int, position_resize: str) -> Tensor:
-        embeddings = self.embeddings
-        patches = embeddings.patch_embedding(pixel_values.to(embeddings.patch_embedding.weight.dtype))
-        patches = patches.flatten(2).transpose(1, 2)
-        cls_token = embeddings.class_embedding.expand(len(patches), 1, -1)
-        positions = resize_positions(embeddings.position_embedding.weight, grid, position_resize)
-        return self.pre_layrnorm(torch.cat([cls_token, patches], dim=1) + positions)
 
 
 def _key_mask(patch_valid: Tensor, dtype: torch.dtype) -> Tensor:
@@ -124,7 +134,7 @@ def pool_to_grid(features_IPD: Tensor, grid: int) -> Tensor:
     side = round(features_IPD.shape[1] ** 0.5)
     if side == grid:
         return features_IPD
-    maps = features_IPD.float().transpose(1, 2).unflatten(2, (side, side))
+    maps = features_IPD.float().transpose(1, 2).reshape(len(features_IPD), -1, side, side)
     resized = F.interpolate(maps, size=(grid, grid), mode="bilinear", align_corners=False)
     return resized.flatten(2).transpose(1, 2).to(features_IPD.dtype)
 
