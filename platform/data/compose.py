@@ -62,11 +62,12 @@ class Dialogue:
 
 @dataclass(frozen=True, slots=True)
 class _Unit:
-    """Something that can be asked for by name: one target, or all of a category."""
+    """Something that can be asked for by name: one target, or all of a category. `left_px` is its left-most edge."""
 
     name: str
     target_indices: tuple[int, ...]
     each: tuple[str, ...]
+    left_px: float
 
 
 def compose(row: Row, group: Group, rng: np.random.Generator, limits: ComposeLimits) -> Dialogue:
@@ -160,7 +161,12 @@ def _askable_units(row: Row, limits: ComposeLimits) -> list[_Unit]:
     for category in dict.fromkeys(row.targets[index].category for index in real):
         members = [index for index in real if row.targets[index].category == category]
         units += [
-            _Unit(definite(row.targets[index].phrase), (index,), (definite(row.targets[index].phrase),))
+            _Unit(
+                definite(row.targets[index].phrase),
+                (index,),
+                (definite(row.targets[index].phrase),),
+                row.targets[index].box[0],
+            )
             for index in members
             if index in big_enough and phrase_counts[row.targets[index].phrase] == 1 and category not in crowded
         ]
@@ -170,7 +176,8 @@ def _askable_units(row: Row, limits: ComposeLimits) -> list[_Unit]:
             and not any(is_described(row.targets[index].phrase) for index in members)
         )
         if is_whole and 1 < len(members) <= limits.max_targets:
-            units.append(_Unit(f"all the {plural(category)}", tuple(members), _each_named(row, members)))
+            left_px = min(row.targets[index].box[0] for index in members)
+            units.append(_Unit(f"all the {plural(category)}", tuple(members), _each_named(row, members), left_px))
     return units
 
 
@@ -195,7 +202,7 @@ def _usable_dialogues(row: Row, group: Group, limits: ComposeLimits) -> list[Row
 
 
 def _segmentation_turns(units: list[_Unit], rng: np.random.Generator, limits: ComposeLimits) -> list[Turn]:
-    """Asks for the units in a random order, each target at most once in the dialogue."""
+    """Asks for random units, those of one question from left to right, each target at most once in the dialogue."""
     waiting = [units[index] for index in rng.permutation(len(units))]
     asked: set[int] = set()
     turns: list[Turn] = []
@@ -209,7 +216,7 @@ def _segmentation_turns(units: list[_Unit], rng: np.random.Generator, limits: Co
                 chosen.append(unit)
                 asked.update(unit.target_indices)
         if chosen:
-            turns.append(_segmentation_turn(chosen, rng))
+            turns.append(_segmentation_turn(sorted(chosen, key=lambda unit: unit.left_px), rng))
     return turns
 
 
