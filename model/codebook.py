@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 
+from pixellm.errors import DataError
+
 
 class TokenFusion(nn.Module):
     """φ: one linear layer per scale over the N tokens of a group, `h^ℓ = φ^ℓ(h_1 … h_N)`."""
@@ -106,3 +108,34 @@ def gather_groups(hidden_BLD: Tensor, rows: Tensor, positions: Tensor, size: int
     """
     steps = torch.arange(size, device=positions.device) - 1
     return hidden_BLD[rows[:, None], positions[:, None] + steps]
+
+
+def match_groups(input_ids: Tensor, codebook_token_ids: list[int], target_rows: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Finds the groups and puts them in the order of the targets.
+
+    Args:
+        input_ids: `[B, L]` long.
+        codebook_token_ids: the J ids of one group in order.
+        target_rows: `[M]` long, row of each target, in order of appearance within a row; None keeps row by row.
+
+    Returns:
+        Rows `[M]` and positions `[M]` of the groups' first tokens.
+
+    Raises:
+        DataError: a row whose number of groups differs from its number of targets.
+    """
+    rows, positions = find_groups(input_ids, codebook_token_ids)
+    if target_rows is None:
+        return rows, positions
+    num_rows = max(len(input_ids), int(target_rows.max()) + 1 if len(target_rows) else 0)
+    found = torch.bincount(rows, minlength=num_rows)
+    wanted = torch.bincount(target_rows, minlength=num_rows)
+    if differing := (found != wanted).nonzero().flatten().tolist():
+        row = differing[0]
+        raise DataError(
+            f"row {row} has {int(found[row])} codebook groups and {int(wanted[row])} targets; every target needs "
+            "one group of all codebook tokens in the row's answer"
+        )
+    appearance = torch.argsort(target_rows, stable=True)
+    order = torch.empty_like(appearance).scatter_(0, appearance, torch.arange(len(rows), device=rows.device))
+    return rows[order], positions[order]

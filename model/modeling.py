@@ -16,9 +16,10 @@ from transformers.utils import ModelOutput
 
 from pixellm.errors import DataError
 from pixellm.model.backbone import ImageFeatures
-from pixellm.model.codebook import SegmentationCodebook, find_groups, gather_groups
+from pixellm.model.codebook import SegmentationCodebook, gather_groups, match_groups
 from pixellm.model.config import PixelLMConfig
 from pixellm.model.decoder import DecodedMasks, FeatureNeck, PixelDecoder
+from pixellm.model.initialisation import redraw_towers
 from pixellm.model.loading import check_loading_info, load_with_info
 from pixellm.model.lora import has_lora, lora_scaling, merge_state_dict
 from pixellm.model.losses import text_loss
@@ -26,6 +27,7 @@ from pixellm.model.objective import MaskTargets, mask_losses
 from pixellm.model.vision import Projector, VisionTower, pool_to_grid, pool_valid, valid_patches
 
 PARTS = ("vision", "projectors", "language", "lora", "embeddings", "codebook", "decoder", "neck")
+MAX_TARGETS_AT_ONCE = 16
 _PART_OF_PREFIX = {
     "vision_tower": "vision",
     "image_projector": "projectors",
@@ -95,7 +97,7 @@ class PixelLMForConditionalGeneration(PreTrainedModel):
             config.decoder_iou_head_size,
         )
         self.post_init()
-        _redraw_towers(self)
+        redraw_towers(self)
         self.set_trainable_parts(PARTS)
 
     @torch.no_grad()
@@ -292,9 +294,13 @@ class PixelLMForConditionalGeneration(PreTrainedModel):
             image_index_M: `[M]` long, picture of each target.
 
         Returns:
-            `[M, h, h]` fp32 mask logits on the padded canvas, h = `config.mask_grid`.
+            `[M, h, h]` fp32 mask logits on the padded canvas, h = `config.mask_grid`. Without gradients they are made
+            in batches of `MAX_TARGETS_AT_ONCE`, so that memory does not grow with M.
         """
-        return self.decode_levels(embeds_MGC, scales, image_index_M).mask_logits
+        if torch.is_grad_enabled() or len(embeds_MGC) <= MAX_TARGETS_AT_ONCE:
+            return self.decode_levels(embeds_MGC, scales, image_index_M).mask_logits
+        batches = zip(embeds_MGC.split(MAX_TARGETS_AT_ONCE), image_index_M.split(MAX_TARGETS_AT_ONCE), strict=True)
+        return torch.cat([self.decode_levels(embeds, scales, images).mask_logits for embeds, images in batches])
 
     def decode_levels(self, embeds_MGC: Tensor, scales: Tensor, image_index_M: Tensor) -> DecodedMasks:
         """`decode_masks` with each scale's own logits beside the result."""
@@ -334,7 +340,7 @@ class PixelLMForConditionalGeneration(PreTrainedModel):
         position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
         hidden, _ = self.language_forward(embeds, attendable, position_ids)
         logits = self.lm_logits(hidden)
-        rows, positions = self._match_groups(input_ids, target_rows)
+        rows, positions = match_groups(input_ids, self.config.codebook_token_ids, target_rows)
         embeds_MGC, mask_logits, anchor = self._decode_groups(hidden, features, rows, positions, image_index)
         losses: dict[str, Tensor] = {}
         if labels is not None:
@@ -367,37 +373,3 @@ class PixelLMForConditionalGeneration(PreTrainedModel):
         if is_stand_in:
             return embeds_MGC[:0], mask_logits[:0], mask_logits.sum() * 0
         return embeds_MGC, mask_logits, mask_logits.new_zeros(())
-
-    def _match_groups(self, input_ids: Tensor, target_rows: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Rows and positions of the groups, in the order of `target_rows` where given."""
-        rows, positions = find_groups(input_ids, self.config.codebook_token_ids)
-        if target_rows is None:
-            return rows, positions
-        num_rows = max(len(input_ids), int(target_rows.max()) + 1 if len(target_rows) else 0)
-        found = torch.bincount(rows, minlength=num_rows)
-        wanted = torch.bincount(target_rows, minlength=num_rows)
-        if differing := (found != wanted).nonzero().flatten().tolist():
-            row = differing[0]
-            raise DataError(
-                f"row {row} has {int(found[row])} codebook groups and {int(wanted[row])} targets; every target needs "
-                "one group of all codebook tokens in the row's answer"
-            )
-        appearance = torch.argsort(target_rows, stable=True)
-        order = torch.empty_like(appearance).scatter_(0, appearance, torch.arange(len(rows), device=rows.device))
-        return rows[order], positions[order]
-
-
-@torch.no_grad()
-def _redraw_towers(model: PixelLMForConditionalGeneration) -> None:
-    """Redraws towers and embeddings with the config's std, where it has one: small models learn far faster so."""
-    std, embedding_std = model.config.initializer_range, model.config.embedding_initializer_range
-    if model.lm_head.weight.is_meta:
-        return
-    for tower in (model.vision_tower, model.language_model, model.lm_head):
-        for module in tower.modules():
-            if isinstance(module, nn.Embedding) and embedding_std is not None:
-                module.weight.normal_(std=embedding_std)
-            elif isinstance(module, (nn.Linear, nn.Conv2d)) and std is not None:
-                module.weight.normal_(std=std)
-    if embedding_std is not None:
-        model.vision_tower.embeddings.class_embedding.normal_(std=embedding_std)

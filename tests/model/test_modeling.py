@@ -90,6 +90,19 @@ def test_a_row_is_the_same_alone_and_in_a_batch() -> None:
             torch.testing.assert_close(alone.mask_logits, together.mask_logits[targets], rtol=1e-4, atol=1e-4)
 
 
+def test_many_targets_without_gradients_are_decoded_in_batches_with_equal_results() -> None:
+    model = micro_model().eval()
+    embeds, scales = torch.randn(37, 2, 32), torch.randn(3, 2, 32, 8, 8)
+    images = torch.arange(37) % 3
+    sizes = []
+    model.decoder.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    at_once = model.decode_masks(embeds, scales, images).detach()
+    with torch.no_grad():
+        in_batches = model.decode_masks(embeds, scales, images)
+    assert sizes == [37, 16, 16, 5]
+    torch.testing.assert_close(in_batches, at_once, rtol=1e-4, atol=1e-4)
+
+
 def test_targets_may_come_in_any_order_of_rows() -> None:
     model = micro_model()
     batch = micro_batch(model.config)
