@@ -268,10 +268,11 @@ def _ask(url: str, settings: Settings, out: Path, figures: list[str]) -> _Asked:
     from pixellm.platform.data.compose import ComposeLimits
     from pixellm.serve.client import PixelLMClient
 
-    limits = ComposeLimits(settings.data.max_targets, 1, settings.data.min_target_share)
+    data = settings.data
     questions: list[Question] = []
     for source in settings.data.sources:
         if source.group != "vqa":
+            limits = ComposeLimits(source.max_targets or data.max_targets, 1, data.min_target_share)
             found = [q for q in iterate_questions(source.uri, check_suite(source.group), limits) if len(q.masks) > 1]
             start = len(questions)  # other photographs for the second kind
             questions += found[start :: max(1, len(found) // (_SERVED_PICTURES // 2))][: _SERVED_PICTURES // 2]

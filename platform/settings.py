@@ -38,6 +38,7 @@ class SourceSettings(_Section):
     uri: str
     group: Literal["segmentation", "vqa", "muse"]
     weight: float = Field(1.0, gt=0)
+    max_targets: int | None = Field(None, ge=1, description="targets of one question; None: data.max_targets")
 
 
 class DataSettings(_Section):

@@ -133,15 +133,20 @@ def evaluate_after_training(
         ConfigError: there is nothing to evaluate on.
     """
     chosen, data = settings.evaluate, settings.data
-    limits = ComposeLimits(data.max_targets, 1, data.min_target_share)
-    sources = [(source.uri, source.group) for source in data.sources if source.group != "vqa"]
-    places = [(chosen.uri, chosen.suite)] if chosen.uri is not None else list(dict.fromkeys(sources))
+    sources = [
+        (source.uri, source.group, source.max_targets or data.max_targets)
+        for source in data.sources
+        if source.group != "vqa"
+    ]
+    own = [(chosen.uri, chosen.suite, data.max_targets)] if chosen.uri is not None else []
+    places = own or list(dict.fromkeys(sources))
     if not places:
         raise ConfigError(
             "no training source has questions with masks; set evaluate.uri, or registry.register_final=false"
         )
     questions = chain.from_iterable(
-        iterate_questions(uri, check_suite(suite), limits, chosen.limit) for uri, suite in places
+        iterate_questions(uri, check_suite(suite), ComposeLimits(max_targets, 1, data.min_target_share), chosen.limit)
+        for uri, suite, max_targets in places
     )
     device = "cuda" if settings.train.use_gpu else "cpu"
     answerer = open_answerer(model_dir, mode or chosen.mode, batch_size=chosen.batch_size, device=device)
