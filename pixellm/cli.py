@@ -333,7 +333,7 @@ def _count_pictures() -> Callable[[int, int | None], None] | None:
 def _settings(config: Path | None, context: typer.Context) -> Any:
     from pixellm.platform.settings import load_settings
 
-    strange = [word for word in context.args if not (word.startswith("--") and "." in word and "=" in word)]
+    strange = [word for word in context.args if not (word.startswith("--") and "=" in word)]
     if strange:
         raise ConfigError(f"unknown argument {strange[0]!r}; overrides are written --section.key=value (no space)")
     return load_settings(config, context.args)
