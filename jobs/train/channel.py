@@ -5,48 +5,12 @@ a file would need a shared disk. Workers never wait for the actor: they send and
 """
 
 from collections import deque
-from dataclasses import dataclass
 from typing import Any
 
 from pixellm.errors import PixelLMError
-from pixellm.jobs.train.loop import StepRecord
+from pixellm.jobs.train.events import Event
 
 _MAX_EVENTS = 100_000
-
-
-@dataclass(frozen=True)
-class StatusEvent:
-    """What rank 0 is doing before the first step, in words."""
-
-    text: str
-
-
-@dataclass(frozen=True)
-class CheckpointEvent:
-    """A checkpoint was written, or (with `problem`) could not be."""
-
-    step: int
-    path: str
-    seconds: float
-    problem: str | None = None
-
-
-@dataclass(frozen=True)
-class StartEvent:
-    """The worker group is about to train; after a fault it comes again.
-
-    Attributes:
-        step: steps already done.
-        checkpoint: what it goes on from, or None.
-        problems: newer checkpoints that were passed over, each with its reason.
-    """
-
-    step: int
-    checkpoint: str | None
-    problems: tuple[str, ...]
-
-
-Event = StatusEvent | CheckpointEvent | StartEvent | StepRecord
 
 
 class Channel:

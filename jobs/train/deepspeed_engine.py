@@ -79,8 +79,9 @@ class TrainEngine:
         trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         if not trainable:
             raise ConfigError("the recipe trains no parameter; set train.train_language, train.train_vision or LoRA")
+        # Each step sets its rate. Until then it is 0: one of DeepSpeed's wrappers takes an empty step as it starts.
         optimizer = torch.optim.AdamW(
-            list(trainable.values()), lr=train.lr, betas=train.betas, weight_decay=train.weight_decay
+            list(trainable.values()), lr=0.0, betas=train.betas, weight_decay=train.weight_decay
         )
         engine, *_ = deepspeed.initialize(
             model=model,
@@ -88,6 +89,8 @@ class TrainEngine:
             config=deepspeed_config(train, sum(p.numel() for p in trainable.values())),
             dist_init_required=False,
         )
+        for state in optimizer.state.values():  # so the bias correction starts at the first real step
+            state["step"].zero_()
         return cls(engine, optimizer, trainable, seed)
 
     @property
@@ -144,12 +147,7 @@ class TrainEngine:
                 yield self._forward_backward(batch, step, index, len(micro_batches))
                 if len(micro_batches) > 1:
                     self._collect()
-            for name, parameter in self.trainable.items():
-                if name in self._sums:
-                    parameter.grad = self._sums[name].to(parameter.dtype)
-                elif parameter.grad is None:
-                    parameter.grad = torch.zeros(_full_shape(parameter), dtype=parameter.dtype, device=self.device)
-            self._sums.clear()
+            self._complete()
 
     def _run_replicated(self, micro_batches: Sequence[Batch], step: int) -> Iterator[dict[str, float]]:
         """ZeRO 0: only the last backward reduces."""
@@ -180,8 +178,21 @@ class TrainEngine:
             if name in self._sums:
                 self._sums[name].add_(parameter.grad)
             else:
-                self._sums[name] = parameter.grad.float()
-            parameter.grad = None
+                self._sums[name] = parameter.grad.to(torch.float32, copy=True)
+            parameter.grad.zero_()
+
+    def _complete(self) -> None:
+        """Puts the sums back, and a zero where no micro-batch of this rank reached a parameter.
+
+        ZeRO 3 empties a parameter between uses, so that no gradient can be given to it; there all ranks run the same
+        modules anyway, and no gradient is missing on one rank only.
+        """
+        for name, parameter in self.trainable.items():
+            if name in self._sums and parameter.grad is not None:
+                parameter.grad.copy_(self._sums[name])
+            elif parameter.grad is None and self.zero_stage < 3:
+                parameter.grad = torch.zeros_like(parameter)
+        self._sums.clear()
 
 
 def seed_micro_batch(seed: int, step: int, rank: int, index: int) -> None:
@@ -206,7 +217,7 @@ def deepspeed_config(train: TrainSettings, num_trainable: int) -> dict[str, Any]
         "allgather_bucket_size": bucket,
     }
     if train.zero_stage == 3:
-        zero |= {"stage3_prefetch_bucket_size": bucket, "stage3_param_persistence_threshold": 10_000}
+        zero |= {"stage3_prefetch_bucket_size": bucket, "stage3_param_persistence_threshold": 0}
     if train.offload_optimizer and train.zero_stage:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": train.use_gpu}
     return {
@@ -264,10 +275,6 @@ def warm_up_deepspeed() -> bool:
     with single_process_group():
         TrainEngine.build(nn.Linear(4, 4), train)
     return True
-
-
-def _full_shape(parameter: nn.Parameter) -> torch.Size:
-    return getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 empties the parameter itself
 
 
 def _to_device(value: Any, device: torch.device) -> Any:

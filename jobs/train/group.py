@@ -13,9 +13,10 @@ from typing import Any
 
 from pixellm.errors import ClusterError, PixelLMError
 from pixellm.jobs.train.channel import open_channel
+from pixellm.jobs.train.entry import WorkerSpec, train_worker
+from pixellm.jobs.train.events import WorkerResult
 from pixellm.jobs.train.interrupt import StopRequest
 from pixellm.jobs.train.progress import TrainingView
-from pixellm.jobs.train.worker import WorkerResult, WorkerSpec, train_worker
 from pixellm.platform.settings import Settings
 
 _POLL_S = 0.25

@@ -15,42 +15,13 @@ from typing import Any, Generic, TypeVar
 from pixellm.errors import PixelLMError
 from pixellm.jobs.train import ranks
 from pixellm.jobs.train.deepspeed_engine import Batch, TrainEngine
+from pixellm.jobs.train.events import LOSS_PARTS, StepRecord
 from pixellm.jobs.train.schedule import learning_rate
 from pixellm.model.processing import TrainingExample
 from pixellm.platform.settings import TrainSettings
 
-LOSS_PARTS = ("text", "ref", "dice")
 _MAX_SKIPPED_IN_A_ROW = 3
 Item = TypeVar("Item")
-
-
-@dataclass(frozen=True)
-class StepRecord:
-    """One optimiser step, averaged over the ranks. Plain numbers: it travels to the driver.
-
-    Attributes:
-        step: steps done, this one included.
-        loss: weighted sum of the parts.
-        losses: `text`, `ref`, `dice`, weighted.
-        lr: learning rate.
-        grad_norm: before clipping.
-        is_applied: false if a gradient was not finite and the step was left out.
-        num_samples: samples over all ranks.
-        num_tokens: text and picture positions over all ranks.
-        step_s: seconds since the end of the step before.
-        data_wait_s: part of it spent waiting for the batch, on the slowest rank's average.
-    """
-
-    step: int
-    loss: float
-    losses: dict[str, float]
-    lr: float
-    grad_norm: float
-    is_applied: bool
-    num_samples: int
-    num_tokens: int
-    step_s: float
-    data_wait_s: float
 
 
 @dataclass(frozen=True)

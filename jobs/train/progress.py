@@ -5,8 +5,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from pixellm.jobs.train.channel import CheckpointEvent, Event, StartEvent, StatusEvent
-from pixellm.jobs.train.loop import StepRecord
+from pixellm.jobs.train.events import CheckpointEvent, Event, StartEvent, StatusEvent, StepRecord
 from pixellm.platform.observability import ProgressLine
 from pixellm.platform.tracking import Tracker
 

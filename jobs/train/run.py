@@ -15,11 +15,12 @@ from typing import Any
 from pixellm.errors import ConfigError
 from pixellm.jobs.train.build import build_processor, trained_parts
 from pixellm.jobs.train.checkpoints import CheckpointFolder
+from pixellm.jobs.train.entry import WorkerSpec
+from pixellm.jobs.train.events import WorkerResult
 from pixellm.jobs.train.group import run_group
 from pixellm.jobs.train.interrupt import stop_on_signals
 from pixellm.jobs.train.progress import TrainingView
 from pixellm.jobs.train.run_folder import RunFolder, RunState, check_same_run, identity_of
-from pixellm.jobs.train.worker import WorkerResult, WorkerSpec
 from pixellm.platform import cluster, storage
 from pixellm.platform.data.compose import ComposeLimits, QuestionSource
 from pixellm.platform.observability import ProgressLine
@@ -162,8 +163,12 @@ def _demo_uri(group: str, data_dir: Path) -> str:
 def _open_sources(settings: Settings, folder: RunFolder) -> tuple[Settings, tuple[QuestionSource, ...]]:
     settings = resolve_source_uris(settings, folder.data_dir)
     data = settings.data
-    limits = ComposeLimits(data.max_targets, data.max_questions, data.min_target_share)
-    return settings, tuple(QuestionSource.open(source.uri, source.group, limits) for source in data.sources)
+    limits = [
+        ComposeLimits(source.max_targets or data.max_targets, data.max_questions, data.min_target_share)
+        for source in data.sources
+    ]
+    opened = [QuestionSource.open(s.uri, s.group, limit) for s, limit in zip(data.sources, limits, strict=True)]
+    return settings, tuple(opened)
 
 
 def _digests(settings: Settings, sources: Sequence[QuestionSource]) -> dict[str, str]:

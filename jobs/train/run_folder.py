@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pixellm.errors import CheckpointError, ConfigError, PixelLMError
-from pixellm.jobs.train.worker import WorkerResult
+from pixellm.jobs.train.events import WorkerResult
 from pixellm.platform.settings import Settings
 
 State = Literal["new", "running", "interrupted", "failed", "trained", "finished"]

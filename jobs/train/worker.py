@@ -1,94 +1,24 @@
 """What each worker of a training group does, from an empty process to the finished model folder."""
 
-import logging
-import os
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from pixellm.errors import CheckpointError, PixelLMError
+from pixellm.errors import CheckpointError
 from pixellm.jobs.train import ranks
 from pixellm.jobs.train.build import build_model, build_processor, save_model_folder, saves_only_trainable
-from pixellm.jobs.train.channel import CheckpointEvent, StartEvent, StatusEvent, WorkerLine
+from pixellm.jobs.train.channel import WorkerLine
 from pixellm.jobs.train.checkpoints import Checkpoint, CheckpointFolder
 from pixellm.jobs.train.deepspeed_engine import TrainEngine, needs_compilation
 from pixellm.jobs.train.encode import SampleEncoder
+from pixellm.jobs.train.entry import WorkerSpec
+from pixellm.jobs.train.events import CheckpointEvent, StartEvent, StatusEvent, WorkerResult
 from pixellm.jobs.train.loop import Prefetcher, PreparedBatch, prepare_batch, run_steps
 from pixellm.jobs.train.optimizer_state import gather_weights
 from pixellm.jobs.train.snapshot import load_optimizer_state, load_weights, save_snapshot
-from pixellm.platform.data.compose import QuestionSource
-from pixellm.platform.data.order import MixtureOrder
 from pixellm.platform.data.stream import iterate_batches, stream_batches
-from pixellm.platform.settings import Settings
-
-_log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class WorkerSpec:
-    """What the driver hands to every worker.
-
-    Attributes:
-        settings: the resolved tree.
-        run_dir: absolute, the same folder on all workers.
-        sources: the opened mixture, in the order's numbering.
-        channel: handle of the `Channel` actor; None without Ray.
-        code_version: of the driver's code, for checkpoints.
-    """
-
-    settings: Settings
-    run_dir: str
-    sources: tuple[QuestionSource, ...]
-    channel: Any = None
-    code_version: str = ""
-
-    @property
-    def checkpoints(self) -> CheckpointFolder:
-        """Where checkpoints go."""
-        return CheckpointFolder(Path(self.run_dir) / "checkpoints")
-
-    @property
-    def model_dir(self) -> Path:
-        """Where the finished model goes."""
-        return Path(self.run_dir) / "model"
-
-    def order(self) -> MixtureOrder:
-        """The run's order of samples."""
-        weights = [source.weight for source in self.settings.data.sources]
-        return MixtureOrder([len(source) for source in self.sources], weights, self.settings.seed)
-
-
-@dataclass(frozen=True)
-class WorkerResult:
-    """What rank 0 gives back. Attributes as in `LoopResult`; `resumed_from` is a step, None for a new run."""
-
-    step: int
-    interrupted: bool
-    samples_per_s: float
-    resumed_from: int | None
-
-
-def train_worker(config: dict[str, Any]) -> dict[str, Any]:
-    """The function that Ray Train runs on each worker: `config["spec"]` is a `WorkerSpec`."""
-    spec: WorkerSpec = config["spec"]
-    _quieten()
-    line = WorkerLine(spec.channel, is_active=ranks.rank() == 0)
-    if spec.channel is not None:
-        import ray  # loaded already
-
-        known = ray.get(spec.channel.fatal.remote())
-        if known is not None:  # the group was restarted after an error that a restart cannot mend
-            raise known
-    try:
-        return asdict(run_worker(spec, line))
-    except PixelLMError as error:
-        if spec.channel is not None:
-            ray.get(spec.channel.set_fatal.remote(error))
-        raise
 
 
 def run_worker(spec: WorkerSpec, line: WorkerLine) -> WorkerResult:
@@ -208,10 +138,3 @@ def _write_model(spec: WorkerSpec, engine: TrainEngine, processor: Any, line: Wo
     if ranks.rank() == 0:
         save_model_folder(engine.module, weights, processor, spec.model_dir)  # type: ignore[arg-type]
     ranks.barrier()
-
-
-def _quieten() -> None:
-    """Libraries' chatter goes to the worker's log file only where it matters."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    for name in ("DeepSpeed", "deepspeed", "transformers", "torch.distributed", "ray.data"):
-        logging.getLogger(name).setLevel(logging.ERROR)

@@ -1,0 +1,82 @@
+"""What workers report while training runs, and what they return: plain numbers and words that travel between processes.
+
+Light on purpose: the driver and the actor between them load nothing heavy for it.
+"""
+
+from dataclasses import dataclass
+
+LOSS_PARTS = ("text", "ref", "dice")
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One optimiser step, averaged over the ranks. Plain numbers: it travels to the driver.
+
+    Attributes:
+        step: steps done, this one included.
+        loss: weighted sum of the parts.
+        losses: `text`, `ref`, `dice`, weighted.
+        lr: learning rate.
+        grad_norm: before clipping.
+        is_applied: false if a gradient was not finite and the step was left out.
+        num_samples: samples over all ranks.
+        num_tokens: text and picture positions over all ranks.
+        step_s: seconds since the end of the step before.
+        data_wait_s: part of it spent waiting for the batch, on the slowest rank's average.
+    """
+
+    step: int
+    loss: float
+    losses: dict[str, float]
+    lr: float
+    grad_norm: float
+    is_applied: bool
+    num_samples: int
+    num_tokens: int
+    step_s: float
+    data_wait_s: float
+
+
+@dataclass(frozen=True)
+class StatusEvent:
+    """What rank 0 is doing before the first step, in words."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class CheckpointEvent:
+    """A checkpoint was written, or (with `problem`) could not be."""
+
+    step: int
+    path: str
+    seconds: float
+    problem: str | None = None
+
+
+@dataclass(frozen=True)
+class StartEvent:
+    """The worker group is about to train; after a fault it comes again.
+
+    Attributes:
+        step: steps already done.
+        checkpoint: what it goes on from, or None.
+        problems: newer checkpoints that were passed over, each with its reason.
+    """
+
+    step: int
+    checkpoint: str | None
+    problems: tuple[str, ...]
+
+
+Event = StatusEvent | CheckpointEvent | StartEvent | StepRecord
+
+
+@dataclass(frozen=True)
+class WorkerResult:
+    """What rank 0 gives back. Attributes as in `LoopResult`; `resumed_from` is a step, None for a new run."""
+
+    step: int
+    interrupted: bool
+    samples_per_s: float
+    resumed_from: int | None

@@ -1,0 +1,26 @@
+"""The demo's shards, and the process group of one that DeepSpeed needs."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pixellm.jobs.prepare import prepare_demo
+
+sys.path.append(str(Path(__file__).parent))  # for `from toy import …`, `from micro_run import …`
+
+
+@pytest.fixture(scope="session")
+def process_group() -> Iterator[None]:
+    """One gloo group of one for the whole session: DeepSpeed keeps groups that outlive a second initialisation."""
+    from pixellm.jobs.train.deepspeed_engine import single_process_group
+
+    with single_process_group():
+        yield
+
+
+@pytest.fixture(scope="session")
+def demo_shards(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The shards of the packaged demo data, by group of questions."""
+    return prepare_demo(tmp_path_factory.mktemp("shards"))
