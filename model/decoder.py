@@ -46,6 +46,8 @@ class FeatureNeck(nn.Sequential):
 class FourierPositions(nn.Module):
     """SAM's random Fourier positions: a fixed random matrix, kept in the checkpoint and never re-drawn."""
 
+    matrix: Tensor
+
     def __init__(self, size: int) -> None:
         super().__init__()
         self.register_buffer("matrix", torch.empty(2, size // 2))
@@ -89,8 +91,8 @@ class ScaleFusion(nn.Module):
         """Equal weights."""
         init.zeros_(self.values)
 
-    def weights(self) -> Tensor:
-        """`[G]` fp32, summing to 1."""
+    def forward(self) -> Tensor:
+        """The weights, `[G]` fp32, summing to 1."""
         return self.values.float().softmax(0)
 
 
@@ -101,8 +103,8 @@ class EqualScaleFusion(nn.Module):
         super().__init__()
         self.num_scales = num_scales
 
-    def weights(self) -> Tensor:
-        """`[G]` fp32, all 1/L."""
+    def forward(self) -> Tensor:
+        """The weights, `[G]` fp32, all 1/L."""
         return torch.full((self.num_scales,), 1.0 / self.num_scales)
 
 
@@ -174,7 +176,7 @@ class PixelDecoder(nn.Module):
 
     def _source(self, features: Tensor, image_index: Tensor, previous: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Each target's image map `[M, C, h, h]` (eq. 1) and its positions `[h², C]`."""
-        dense = self.no_mask_embed.weight[:, :, None, None]
+        dense = _rows(self.no_mask_embed)[:, :, None, None]
         if not previous:
             return (features + dense)[image_index], self.coarse_positions(features.shape[-1])
         upsampled = self.upsample_2x(features)
@@ -186,9 +188,10 @@ class PixelDecoder(nn.Module):
         self, level: int, embeds_MC: Tensor, image_MCHW: Tensor, positions: Tensor
     ) -> tuple[Tensor, Tensor]:
         grid = image_MCHW.shape[-1]
-        fixed = torch.cat([self.iou_token.weight, self.mask_tokens.weight])
+        fixed = torch.cat([_rows(self.iou_token), _rows(self.mask_tokens)])
         tokens = torch.cat([fixed.expand(len(embeds_MC), -1, -1), embeds_MC[:, None].to(fixed.dtype)], dim=1)
-        tokens = tokens + self.level_embed.weight[level]
+        tokens = tokens + _rows(self.level_embed)[level]
+        positions = positions.to(image_MCHW.dtype)  # computed in fp32
         tokens, image_MPC = self.transformer[level](tokens, image_MCHW.flatten(2).transpose(1, 2), positions)
         upscaled = self.output_upscaling(image_MPC.transpose(1, 2).unflatten(2, (grid, grid)))
         logits = torch.einsum("mc,mchw->mhw", self.mask_head(tokens[:, 1]), upscaled)
@@ -196,9 +199,14 @@ class PixelDecoder(nn.Module):
 
     def _fuse(self, level_logits: list[Tensor]) -> Tensor:
         side = level_logits[-1].shape[-1]
-        weights = self.scale_fusion.weights()
+        weights = self.scale_fusion()
         maps = [_resize(logits[:, None].float(), side)[:, 0] for logits in level_logits]
         return sum((weights[i] * maps[i] for i in range(len(maps))), start=torch.zeros_like(maps[0]))
+
+
+def _rows(table: nn.Embedding) -> Tensor:
+    """All rows, by calling the module: sharded training (ZeRO 3) gathers a weight only around its module's forward."""
+    return table(torch.arange(table.num_embeddings, device=table.weight.device))
 
 
 def _resize(maps: Tensor, side: int) -> Tensor:
