@@ -299,8 +299,9 @@ class PixelLMForConditionalGeneration(PreTrainedModel):
         """
         if torch.is_grad_enabled() or len(embeds_MGC) <= MAX_TARGETS_AT_ONCE:
             return self.decode_levels(embeds_MGC, scales, image_index_M).mask_logits
-        batches = zip(embeds_MGC.split(MAX_TARGETS_AT_ONCE), image_index_M.split(MAX_TARGETS_AT_ONCE), strict=True)
-        return torch.cat([self.decode_levels(embeds, scales, images).mask_logits for embeds, images in batches])
+        starts = range(0, len(embeds_MGC), MAX_TARGETS_AT_ONCE)
+        batches = [slice(start, start + MAX_TARGETS_AT_ONCE) for start in starts]
+        return torch.cat([self.decode_levels(embeds_MGC[b], scales, image_index_M[b]).mask_logits for b in batches])
 
     def decode_levels(self, embeds_MGC: Tensor, scales: Tensor, image_index_M: Tensor) -> DecodedMasks:
         """`decode_masks` with each scale's own logits beside the result."""

@@ -96,7 +96,7 @@ def test_the_result_is_the_weighted_sum_of_all_scales_with_weights_that_sum_to_o
 
 def test_learned_weights_start_as_the_constant_ones() -> None:
     for num_scales in (1, 2, 3):
-        torch.testing.assert_close(ScaleFusion(num_scales).weights(), torch.full((num_scales,), 1 / num_scales))
+        torch.testing.assert_close(ScaleFusion(num_scales)(), torch.full((num_scales,), 1 / num_scales))
     learned, mean = decoder(fusion="learned"), decoder(fusion="mean")
     mean.load_state_dict({k: v for k, v in learned.state_dict().items() if "scale_fusion" not in k})
     torch.testing.assert_close(learned(*inputs()).mask_logits, mean(*inputs()).mask_logits)
