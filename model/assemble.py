@@ -49,6 +49,18 @@ class AssemblyReport:
         """As plain JSON types."""
         return asdict(self)
 
+    def to_text(self) -> str:
+        """What was written, and what is still missing before the folder can be served."""
+        lines = [
+            f"{self.path}: {self.num_parameters:,} parameters in {self.num_weights} weights, "
+            f"{self.size_bytes / 2**20:,.1f} MiB in {self.num_files} files"
+        ]
+        if self.unused:
+            lines.append(f"left out, because nothing depends on them: {', '.join(self.unused)}")
+        if not self.has_tokenizer:
+            lines.append("no tokenizer lies beside the weights; give --tokenizer FOLDER before serving it")
+        return "\n".join(lines)
+
 
 @dataclass
 class ModelFolderWriter:

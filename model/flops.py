@@ -97,6 +97,23 @@ class FlopsComparison:
             "distance": DISTANCE,
         }
 
+    def to_text(self) -> str:
+        """A table of parts, the ratio beside the paper's, the convention, and where the distance comes from."""
+        names = [self.ours.name, self.theirs.name]
+        parts = list(dict.fromkeys([*self.ours.tflops, *self.theirs.tflops]))
+        rows = [("TFLOPs", *names)]
+        rows += [(part, *(_cell(report.tflops.get(part)) for report in (self.ours, self.theirs))) for part in parts]
+        rows += [("total", _cell(self.ours.total_tflops), _cell(self.theirs.total_tflops))]
+        rows += [("paper", *(_cell(PAPER_TFLOPS.get(name)) for name in names))]
+        table = "\n".join(f"{part:<16}{left:>14}{right:>14}" for part, left, right in rows)
+        paper = "" if self.paper_ratio is None else f" (paper {self.paper_ratio:.2f})"
+        where = convention(self.ours.text_tokens, self.ours.num_targets)
+        return f"{table}\nratio {self.ratio:.3f}{paper}\n\n{where}\n\n{DISTANCE}"
+
+
+def _cell(tflops: float | None) -> str:
+    return "–" if tflops is None else f"{tflops:.3f}"
+
 
 def convention(text_tokens: int = TEXT_TOKENS, num_targets: int = 1) -> str:
     """What is counted, in words."""

@@ -10,16 +10,34 @@ if TYPE_CHECKING:
 
 
 @torch.no_grad()
-def redraw_towers(model: "PixelLMForConditionalGeneration") -> None:
-    """Redraws both towers, the head and the codebook's head with `initializer_range`, embeddings with `embedding_initializer_range`.
+def redraw(model: "PixelLMForConditionalGeneration") -> None:
+    """Redraws what the config gives other initial values for; left alone on the meta device.
+
+    `initializer_range` is for both towers and the head, `embedding_initializer_range` for their embeddings,
+    `new_parts_initializer` for the linear and convolution layers of projectors, codebook, neck and decoder, and
+    `decoder_token_range` for the decoder's fixed tokens: torch draws them from N(0, 1), and beside them a target's
+    embedding, which starts near 0.1, is hardly seen.
 
     Args:
-        model: changed in place; left alone where the config gives None, and on the meta device.
+        model: changed in place.
     """
-    std, embedding_std = model.config.initializer_range, model.config.embedding_initializer_range
     if model.lm_head.weight.is_meta:
         return
-    for tower in (model.vision_tower, model.language_model, model.lm_head, model.codebook.head):
+    config = model.config
+    _redraw_towers(model, config.initializer_range, config.embedding_initializer_range)
+    if config.new_parts_initializer == "xavier":
+        for part in (model.image_projector, model.decoder_projector, model.codebook, model.neck, model.decoder):
+            for module in part.modules():
+                if isinstance(module, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
+                    nn.init.xavier_uniform_(module.weight)
+    if config.decoder_token_range is not None:
+        decoder = model.decoder
+        for table in (decoder.iou_token, decoder.mask_tokens, decoder.level_embed, decoder.no_mask_embed):
+            table.weight.normal_(std=config.decoder_token_range)
+
+
+def _redraw_towers(model: "PixelLMForConditionalGeneration", std: float | None, embedding_std: float | None) -> None:
+    for tower in (model.vision_tower, model.language_model, model.lm_head):
         for module in tower.modules():
             if isinstance(module, nn.Embedding) and embedding_std is not None:
                 module.weight.normal_(std=embedding_std)
