@@ -26,7 +26,7 @@ from pixellm.platform.wheel import build_wheel
 _ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 _POLL_S = 0.5
 _ANSWER_TIMEOUT_S = 10.0
-_HEAD_TIMEOUT_S = 30.0
+_HEAD_TIMEOUT_S = 60.0
 _TOKEN_HELP = (
     "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN (or RAY_AUTH_TOKEN_PATH) to the token that its head was started with"
 )
@@ -338,15 +338,23 @@ def _is_head_here(url: str) -> bool:
     if not is_local_host(urlsplit(url).hostname or ""):
         return False
     from ray.util.state import list_nodes  # slow
+    from ray.util.state.exception import RayStateApiException
 
     deadline = time.monotonic() + _HEAD_TIMEOUT_S
-    while time.monotonic() < deadline:
-        with _cluster_errors(f"the nodes of the cluster at {url}"), _addressed(url):
-            heads = list_nodes(address=url, filters=[("is_head_node", "=", "True")])
-        if heads:
-            return is_local_host(heads[0].node_ip)
-        time.sleep(_POLL_S)  # the dashboard answers a few seconds before its node is known
-    raise ClusterError(f"the cluster at {url} has no head node after {_HEAD_TIMEOUT_S:g} s; is it still starting?")
+    reason = "it lists no head node"
+    while time.monotonic() < deadline:  # the dashboard answers some seconds before it knows its own node
+        try:
+            with _addressed(url):
+                heads = list_nodes(address=url, filters=[("is_head_node", "=", "True")], timeout=int(_ANSWER_TIMEOUT_S))
+        except RayStateApiException as error:
+            reason = (str(error).splitlines() or [""])[0][:200]
+        else:
+            if heads:
+                return is_local_host(heads[0].node_ip)
+        time.sleep(_POLL_S)
+    raise ClusterError(
+        f"the cluster at {url} is not ready after {_HEAD_TIMEOUT_S:g} s: {reason}; is it still starting?"
+    )
 
 
 @contextmanager
