@@ -18,6 +18,7 @@ _CHOICES = {
     "projector_type": ("mlp", "linear"),
     "token_fusion": ("learned", "mean"),
     "scale_fusion": ("learned", "mean"),
+    "new_parts_initializer": ("torch", "xavier"),
     "position_resize": ("correct", "released"),
 }
 
@@ -51,6 +52,9 @@ class PixelLMConfig(PreTrainedConfig):
         position_resize: `"correct"`, or `"released"` for converted weights (CLS taken from the wrong end).
         initializer_range: std that redraws both towers, or None for transformers' own initialisation.
         embedding_initializer_range: std that redraws token and position embeddings, or None.
+        new_parts_initializer: how layers of projectors, codebook, neck and decoder start: `"torch"`'s default, as
+            released, or `"xavier"`, with which a small network learns several times faster.
+        decoder_token_range: std of the decoder's fixed tokens, or None for N(0, 1), as released.
         image_token_id: sentinel outside the vocabulary for one picture position.
         codebook_token_ids: the N·L ids of one group in order; the first N belong to scale 0, the deepest.
         im_start_id: id in front of the picture positions.
@@ -85,6 +89,8 @@ class PixelLMConfig(PreTrainedConfig):
     position_resize: str = "correct"
     initializer_range: float | None = None
     embedding_initializer_range: float | None = None
+    new_parts_initializer: str = "torch"
+    decoder_token_range: float | None = None
     image_token_id: int = IMAGE_TOKEN_ID
     codebook_token_ids: list[int] = None  # type: ignore[assignment]
     im_start_id: int = None  # type: ignore[assignment]

@@ -19,7 +19,7 @@ from pixellm.model.backbone import ImageFeatures
 from pixellm.model.codebook import SegmentationCodebook, gather_groups, match_groups
 from pixellm.model.config import PixelLMConfig
 from pixellm.model.decoder import DecodedMasks, FeatureNeck, PixelDecoder
-from pixellm.model.initialisation import redraw_towers
+from pixellm.model.initialisation import redraw
 from pixellm.model.loading import check_loading_info, load_with_info
 from pixellm.model.lora import has_lora, lora_scaling, merge_state_dict
 from pixellm.model.losses import text_loss
@@ -97,7 +97,7 @@ class PixelLMForConditionalGeneration(PreTrainedModel):
             config.decoder_iou_head_size,
         )
         self.post_init()
-        redraw_towers(self)
+        redraw(self)
         self.set_trainable_parts(PARTS)
 
     @torch.no_grad()

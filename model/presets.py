@@ -62,6 +62,8 @@ def _tiny() -> dict[str, Any]:
         "decoder_mlp_size": 256,
         "initializer_range": 0.06,
         "embedding_initializer_range": 0.3,
+        "new_parts_initializer": "xavier",
+        "decoder_token_range": 0.1,
     }
 
 
@@ -89,6 +91,8 @@ def _small() -> dict[str, Any]:
         "decoder_mlp_size": 512,
         "initializer_range": 0.04,
         "embedding_initializer_range": 0.2,
+        "new_parts_initializer": "xavier",
+        "decoder_token_range": 0.1,
     }
 
 

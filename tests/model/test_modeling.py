@@ -252,6 +252,17 @@ def test_the_same_seed_draws_the_same_network() -> None:
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
+def test_new_parts_and_decoder_tokens_are_drawn_as_the_config_says() -> None:
+    def spread(**options: object) -> tuple[float, float]:
+        decoder = micro_model(decoder_hidden_size=64, decoder_num_heads=4, **options).decoder
+        return decoder.mask_head.layers[0].weight.std().item(), decoder.mask_tokens.weight.std().item()
+
+    # torch draws from U(±1/√64), Xavier from U(±√(6/128))
+    assert spread() == (pytest.approx(1 / 8 / 3**0.5, rel=0.05), pytest.approx(1.0, rel=0.2))
+    drawn = spread(new_parts_initializer="xavier", decoder_token_range=0.1)
+    assert drawn == (pytest.approx((6 / 128) ** 0.5 / 3**0.5, rel=0.05), pytest.approx(0.1, rel=0.2))
+
+
 def test_towers_are_drawn_with_the_configs_std() -> None:
     model = micro_model(text_config={"hidden_size": 96}, initializer_range=0.06, embedding_initializer_range=0.3)
     assert model.language_model.layers[0].mlp.up_proj.weight.std().item() == pytest.approx(0.06, rel=0.05)
