@@ -3,7 +3,7 @@
 Each row is a sequence of its own: a forward writes its new keys at the row's own end and attends to that row only up
 to there, so what else runs beside a request cannot change its result. The object is passed to the language model as
 `past_key_values`; before a forward the runner says with `begin` which rows and positions it is about. Buffers grow
-with the longest row. Layout `[rows, positions, heads, width]`: what is written and read for a row is contiguous.
+with the longest row. Layout `[rows, heads, positions, width]`: attention reads each head's keys one after the other.
 """
 
 from dataclasses import dataclass
@@ -125,16 +125,17 @@ class SlotCache:
         self.valid[row, : len(valid_P)] = valid_P
 
     def export_row(self, row: int, length: int) -> list[LayerStates]:
-        """Copies the first `length` keys and values of a row, per layer [length, heads, width]."""
-        return [(keys[row, :length].clone(), values[row, :length].clone()) for keys, values in self._layers]
+        """Copies the first `length` keys and values of a row, per layer [heads, length, width]."""
+        return [(keys[row, :, :length].clone(), values[row, :, :length].clone()) for keys, values in self._layers]
 
     def import_row(self, row: int, states: list[LayerStates]) -> None:
         """Writes exported keys and values to the start of a row."""
-        self.ensure_capacity(len(states[0][0]))
+        length = states[0][0].shape[1]
+        self.ensure_capacity(length)
         for layer, (keys, values) in enumerate(states):
             own_keys, own_values = self._layer(layer, keys[None], values[None])
-            own_keys[row, : len(keys)] = keys
-            own_values[row, : len(values)] = values
+            own_keys[row, :, :length] = keys
+            own_values[row, :, :length] = values
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *_: object, **__: object
@@ -150,12 +151,11 @@ class SlotCache:
             Keys and values [B, heads, length, width].
         """
         forward = self._current()
-        new_keys, new_values = key_states.transpose(1, 2), value_states.transpose(1, 2)
-        keys, values = self._layer(layer_idx, new_keys, new_values)
-        keys[forward.write_rows, forward.positions] = new_keys
-        values[forward.write_rows, forward.positions] = new_values
-        rows: torch.Tensor | slice = slice(len(new_keys)) if forward.rows is None else forward.rows
-        return keys[rows, : forward.length].transpose(1, 2), values[rows, : forward.length].transpose(1, 2)
+        keys, values = self._layer(layer_idx, key_states, value_states)
+        keys[forward.write_rows, :, forward.positions] = key_states.transpose(1, 2)
+        values[forward.write_rows, :, forward.positions] = value_states.transpose(1, 2)
+        rows: torch.Tensor | slice = slice(len(key_states)) if forward.rows is None else forward.rows
+        return keys[rows, :, : forward.length], values[rows, :, : forward.length]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Positions before the announced forward, as transformers asks for a two-dimensional mask."""
@@ -178,10 +178,12 @@ class SlotCache:
         return self._forward
 
     def _layer(self, index: int, keys: torch.Tensor, values: torch.Tensor) -> LayerStates:
-        """The buffers of a layer, created on first use for states of [B, Q, heads, width]."""
+        """The buffers of a layer, created on first use for states of [B, heads, Q, width]."""
         while len(self._layers) <= index:
-            own_keys = keys.new_zeros((self.num_rows, self.capacity, *keys.shape[2:]))
-            own_values = values.new_zeros((self.num_rows, self.capacity, *values.shape[2:]))
+            own_keys, own_values = (
+                states.new_zeros((self.num_rows, states.shape[1], self.capacity, states.shape[3]))
+                for states in (keys, values)
+            )
             if self._has_fixed_addresses:
                 torch._dynamo.mark_static_address(own_keys)
                 torch._dynamo.mark_static_address(own_values)
@@ -190,6 +192,6 @@ class SlotCache:
 
 
 def _grown(states: torch.Tensor, capacity: int) -> torch.Tensor:
-    grown = states.new_zeros((states.shape[0], capacity, *states.shape[2:]))
-    grown[:, : states.shape[1]] = states
+    grown = states.new_zeros((*states.shape[:2], capacity, states.shape[3]))
+    grown[:, :, : states.shape[2]] = states
     return grown

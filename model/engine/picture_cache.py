@@ -22,7 +22,7 @@ class PromptPrefix:
 
     Attributes:
         ids: the ids of those positions; a prompt that starts otherwise cannot use them.
-        states: per layer, keys and values [length, heads, width].
+        states: per layer, keys and values [heads, length, width].
     """
 
     ids: tuple[int, ...]

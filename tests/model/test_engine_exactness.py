@@ -97,7 +97,7 @@ def test_random_batches_with_joins_leaves_and_cancels_answer_as_if_alone(
 def test_groups_of_every_size_answer_as_if_alone(
     micro_factory: Any, pictures: Any, tokens_per_scale: int, num_scales: int
 ) -> None:
-    model, processor = micro_factory(seed=0, tokens_per_scale=tokens_per_scale, num_scales=num_scales)
+    model, processor = micro_factory(tokens_per_scale=tokens_per_scale, num_scales=num_scales)
     requests = [
         SegmentRequest(picture, QUESTIONS[0], GenerationOptions(max_new_tokens=40, keep_logits=True))
         for picture in pictures[:3]
