@@ -42,7 +42,7 @@ class RecordingLine:
         return {record.step: (record.loss, record.losses, record.grad_norm) for record in self.steps}
 
 
-def _spec(settings: Settings, run_dir: Path) -> WorkerSpec:
+def worker_spec(settings: Settings, run_dir: Path) -> WorkerSpec:
     limits = ComposeLimits(settings.data.max_targets, settings.data.max_questions, settings.data.min_target_share)
     sources = tuple(QuestionSource.open(source.uri, source.group, limits) for source in settings.data.sources)
     return WorkerSpec(settings, str(run_dir), sources)
@@ -50,7 +50,7 @@ def _spec(settings: Settings, run_dir: Path) -> WorkerSpec:
 
 def _run(settings: Settings, run_dir: Path, stop_after: int | None = None) -> tuple[WorkerResult, RecordingLine]:
     line = RecordingLine(stop_after)
-    return run_worker(_spec(settings, run_dir), line), line  # type: ignore[arg-type]
+    return run_worker(worker_spec(settings, run_dir), line), line  # type: ignore[arg-type]
 
 
 def test_a_run_stopped_and_resumed_has_the_loss_curve_of_the_undisturbed_one_bit_for_bit(
