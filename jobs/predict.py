@@ -106,8 +106,8 @@ def predict(
     from pixellm.model.engine import PixelLMEngine  # slow import (transformers)
 
     folder = Path(out_dir)
-    folder.mkdir(parents=True, exist_ok=True)
     model_dir = registry.resolve(model_ref, tracking or TrackingSettings())
+    folder.mkdir(parents=True, exist_ok=True)
     predictions: list[Prediction] = []
     problems: list[str] = []
     with PixelLMEngine.from_pretrained(model_dir, device=device, max_batch_size=batch_size) as engine:
