@@ -1,38 +1,33 @@
 """Puts a model on Ray Serve: `deploy` for programs, `serve_forever` for the command line.
 
-The driver looks the reference up once and pins it; replicas load exactly that version. Deploying is watched here rather
-than left to Serve: a model that does not load, or resources that nobody has, end in one line instead of a wait without
-end.
+The driver looks the reference up once and pins it; replicas load exactly that version.
 """
 
-import logging
-import re
 import signal
-import socket
 import threading
 import time
-from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self
 
-import httpx
-
-from pixellm import errors
-from pixellm.errors import PixelLMError, ServingError
 from pixellm.platform.cluster import connect, disconnect
 from pixellm.platform.settings import ServeSettings, Settings, TrackingSettings, from_environment
+from pixellm.platform.tracking import store_address
+from pixellm.serve.controller import (
+    reachable,
+    run_application,
+    start_serve,
+    take_down,
+    wait_until_it_answers,
+    wait_until_running,
+)
 from pixellm.serve.model_card import ModelCard, pin
 from pixellm.serve.port_check import check_port_is_free
 
 APP_NAME = "pixellm"
 ENGINE_DEPLOYMENT = "engine"
 INGRESS_DEPLOYMENT = "ingress"
-
-_POLL_S = 0.1
-_SHUTDOWN_LIMIT_S = 30.0
-_CONTROLLER, _SERVE_NAMESPACE = "SERVE_CONTROLLER_ACTOR", "serve"
-_RAISED_LINE = re.compile(r"pixellm\.errors\.(\w+): (.+)")
 
 
 @dataclass
@@ -57,7 +52,7 @@ class ServiceHandle:
     @property
     def url(self) -> str:
         """`http://HOST:PORT`, where the page and the API are."""
-        address = _reachable(self.host)
+        address = reachable(self.host)
         return f"http://[{address}]:{self.port}" if ":" in address else f"http://{address}:{self.port}"
 
     def stop(self) -> None:
@@ -65,7 +60,7 @@ class ServiceHandle:
         if self._is_stopped:
             return
         self._is_stopped = True
-        _take_down(self.app_name, self.owns_serve, self.host, self.port)
+        take_down(self.app_name, self.owns_serve, self.host, self.port)
 
     def __enter__(self) -> Self:
         return self
@@ -104,16 +99,15 @@ def deploy(
         ServingError: the port is taken, resources are missing, or nothing answered within `start_timeout_s`.
     """
     host, port = host or settings.host, port or settings.port
-    tracking = _with_absolute_root(tracking or TrackingSettings())
+    tracking = _for_replicas(tracking or TrackingSettings())
     card = pin(model_ref, tracking)
-    _quieten_serve()
-    owns_serve = _start_serve(host, port)
+    owns_serve = start_serve(host, port)
     service = ServiceHandle(host, port, card, app_name, owns_serve)
     try:
-        _run_application(build_application(settings, card, tracking, app_name), app_name)
+        run_application(build_application(settings, card, tracking, app_name), app_name)
         deadline = time.monotonic() + settings.start_timeout_s
-        _wait_until_running(app_name, settings, deadline)
-        _wait_until_it_answers(service.url, deadline)
+        wait_until_running(app_name, settings, deadline)
+        wait_until_it_answers(service.url, deadline)
     except BaseException:
         service.stop()
         raise
@@ -218,144 +212,7 @@ class _StopSignal:
             signal.signal(number, handler)
 
 
-def _start_serve(host: str, port: int) -> bool:
-    """Starts Serve's proxy; False when Serve runs on this cluster already, at the same address."""
-    from ray import serve
-    from ray.exceptions import RayActorError
-    from ray.serve.context import _get_global_client  # the public API does not tell where a running proxy listens
-
-    client = _get_global_client(raise_if_no_controller_running=False)
-    if client is not None:
-        options = client.http_config
-        if (options.host, options.port) != (host, port):
-            raise ServingError(
-                f"Ray Serve already runs on this cluster at {options.host}:{options.port}, and cannot also listen at "
-                f"{host}:{port}; use --host {options.host} --port {options.port}, or stop it with `serve shutdown`"
-            )
-        return False
-    check_port_is_free(host, port)
-    with suppress(RayActorError):  # a slow proxy is replaced by the controller; `_wait_until_it_answers` waits for it
-        serve.start(
-            proxy_location="HeadOnly",
-            http_options={"host": host, "port": port},
-            logging_config={"log_level": "WARNING", "enable_access_log": False},
-            controller_options={"runtime_env": {"env_vars": {"RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60"}}},
-        )
-    return True
-
-
-def _run_application(application: Any, app_name: str) -> None:
-    """Hands the application to Serve without waiting for it."""
-    from ray.serve.api import RunTarget, run_many
-
-    try:
-        run_many([RunTarget(application, name=app_name, route_prefix="/")], wait_for_applications_running=False)
-    except RuntimeError as error:
-        raise ServingError(f"Ray Serve did not take the application: {str(error).splitlines()[0]}") from None
-
-
-def _wait_until_running(app_name: str, settings: ServeSettings, deadline: float) -> None:
-    from ray import serve
-
-    while True:
-        application = serve.status().applications.get(app_name)
-        state = "NOT_STARTED" if application is None else str(application.status.value)
-        if state == "RUNNING":
-            return
-        if application is not None and state in ("DEPLOY_FAILED", "UNHEALTHY"):
-            raise _deployment_error(application)
-        if time.monotonic() > deadline:
-            raise ServingError(
-                f"the service was not up after {settings.start_timeout_s:g} s (serve.start_timeout_s); a replica asks "
-                f"for {settings.replica_cpus:g} CPUs and {settings.replica_gpus:g} GPUs{_free_resources()}"
-            )
-        time.sleep(_POLL_S)
-
-
-def _deployment_error(application: Any) -> PixelLMError:
-    """The replica's own exception out of Serve's report, as one line of its own kind."""
-    messages = [str(deployment.message) for deployment in application.deployments.values() if deployment.message]
-    text = "\n".join([str(application.message), *messages])
-    raised = _RAISED_LINE.findall(text)
-    if raised:
-        name, message = raised[-1]
-        kind = getattr(errors, name, None)
-        if isinstance(kind, type) and issubclass(kind, PixelLMError):
-            return kind(message)
-        return ServingError(message)
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return ServingError(f"a replica did not start: {lines[-1] if lines else 'Ray Serve gives no reason'}")
-
-
-def _free_resources() -> str:
-    import ray
-
-    free = ray.available_resources()
-    return f", free on the cluster are {free.get('CPU', 0):g} CPUs and {free.get('GPU', 0):g} GPUs"
-
-
-def _wait_until_it_answers(url: str, deadline: float) -> None:
-    """The proxy learns its routes a moment after the application runs."""
-    while True:
-        try:
-            if httpx.get(f"{url}/readyz", timeout=5).status_code == 200:
-                return
-        except httpx.TransportError:
-            pass
-        if time.monotonic() > deadline:
-            raise ServingError(
-                f"the service runs, but {url}/readyz does not answer; a firewall or proxy may be in between"
-            )
-        time.sleep(_POLL_S)
-
-
-def _take_down(app_name: str, owns_serve: bool, host: str, port: int) -> None:
-    """Ends the application, and Serve with it where this process started it; then nothing listens there any more."""
-    from ray import serve
-
-    if not owns_serve:
-        serve.delete(app_name)
-        return
-    _shut_serve_down()
-    deadline = time.monotonic() + _SHUTDOWN_LIMIT_S
-    with suppress(OSError):  # refused: the proxy is gone
-        while time.monotonic() < deadline:
-            socket.create_connection((_reachable(host), port), timeout=1).close()
-            time.sleep(_POLL_S)
-
-
-def _shut_serve_down() -> None:
-    """`serve.shutdown`, but asked not to wait inside the controller.
-
-    There the call dies with the controller, and Ray prints to the terminal that a task failed.
-    """
-    import ray
-    from ray import serve
-
-    with suppress(ValueError, ray.exceptions.RayActorError):  # ValueError: no such actor, it is gone
-        controller = ray.get_actor(_CONTROLLER, namespace=_SERVE_NAMESPACE)
-        ray.get(controller.graceful_shutdown.remote(False))
-        deadline = time.monotonic() + _SHUTDOWN_LIMIT_S
-        while time.monotonic() < deadline:
-            ray.get_actor(_CONTROLLER, namespace=_SERVE_NAMESPACE)
-            time.sleep(_POLL_S)
-    serve.shutdown()
-
-
-def _quieten_serve() -> None:
-    """Serve logs each step of a deployment to the driver's terminal; we print what matters."""
-    from ray import serve
-
-    logging.getLogger(serve.__name__).setLevel(logging.WARNING)
-
-
-def _with_absolute_root(tracking: TrackingSettings) -> TrackingSettings:
-    """Replicas have another working directory."""
-    from pathlib import Path
-
-    return tracking.model_copy(update={"root": str(Path(tracking.root).absolute())})
-
-
-def _reachable(host: str) -> str:
-    """An address that a client on this machine can use for a listening address."""
-    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+def _for_replicas(tracking: TrackingSettings) -> TrackingSettings:
+    """The same registry, said so that a process with another working directory and environment finds it."""
+    root = tracking.root if "://" in tracking.root else str(Path(tracking.root).absolute())
+    return tracking.model_copy(update={"root": root, "uri": store_address(tracking, make_folder=False)})

@@ -46,6 +46,8 @@ class _Requests:
     def __init__(self, base_url: str, api_key: str | None, timeout_s: float, max_retries: int) -> None:
         self.base_url = base_url.rstrip("/")
         self.headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
+        # a proxy that the environment names cannot reach this machine's own loopback address
+        self.may_use_proxy = httpx.URL(base_url).host not in ("127.0.0.1", "localhost", "::1")
         self.timeout_s = timeout_s
         self.max_retries = max_retries
 
@@ -107,7 +109,11 @@ class PixelLMClient:
     ) -> None:
         self._requests = _Requests(base_url, api_key, timeout_s, max_retries)
         self._http = httpx.Client(
-            base_url=self._requests.base_url, headers=self._requests.headers, timeout=timeout_s, transport=transport
+            base_url=self._requests.base_url,
+            headers=self._requests.headers,
+            timeout=timeout_s,
+            transport=transport,
+            trust_env=self._requests.may_use_proxy,
         )
 
     def segment(
@@ -243,7 +249,11 @@ class AsyncPixelLMClient:
     ) -> None:
         self._requests = _Requests(base_url, api_key, timeout_s, max_retries)
         self._http = httpx.AsyncClient(
-            base_url=self._requests.base_url, headers=self._requests.headers, timeout=timeout_s, transport=transport
+            base_url=self._requests.base_url,
+            headers=self._requests.headers,
+            timeout=timeout_s,
+            transport=transport,
+            trust_env=self._requests.may_use_proxy,
         )
 
     async def segment(

@@ -15,11 +15,11 @@ from pixellm import PixelLMConfig, PixelLMForConditionalGeneration, PixelLMProce
 
 TWO_THINGS = ("Segment the two animals.", "Here is the white cat [1] and the small bird [2] in one picture.")
 FOLLOW_UP = ("And the bowl?", "The bowl [1] stands in front.")
-LONG = (
-    "Count.",
+_WORDS = (
     "one two three four five six seven eight nine ten red green blue black white yellow cat dog bird cow horse sheep "
-    "bear cup fork knife spoon bowl chair couch bed table book clock vase car bus train truck boat bench",
+    "bear cup fork knife spoon bowl chair couch bed table book clock vase car bus train truck boat bench"
 )
+LONG = ("Count.", f"{_WORDS} {_WORDS}")
 ANSWERS = ([TWO_THINGS], [TWO_THINGS, FOLLOW_UP], [LONG])
 """Conversations of (question, answer as the engine gives it); the last answer of each is what the model has to say."""
 
