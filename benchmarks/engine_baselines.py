@@ -85,8 +85,14 @@ def answer_as_released(case: Case, question: str, max_new_tokens: int) -> tuple[
 
 
 @torch.inference_mode()
-def answer_with_generate(case: Case, question: str, max_new_tokens: int) -> tuple[list[int], list[TargetMask]]:
-    """transformers' `generate` with its cache, then a second pass over the whole sequence for hidden states."""
+def answer_with_generate(
+    case: Case, question: str, max_new_tokens: int, *, second_vision_pass: bool = False
+) -> tuple[list[int], list[TargetMask]]:
+    """transformers' `generate` with its cache, then a second pass over the whole sequence for hidden states.
+
+    The second pass gets the first one's picture features, which only hand-written code can do; with
+    `second_vision_pass` it looks at the picture again, as a call of the model's own `forward` does.
+    """
     model = case.model
     with torch.device("meta"):
         causal = LlamaForCausalLM(model.config.text_config)
@@ -107,6 +113,8 @@ def answer_with_generate(case: Case, question: str, max_new_tokens: int) -> tupl
         .tolist()
     )
     answer = [token for token in generated if token != case.processor.tokenizer.eos_token_id]
+    if second_vision_pass:
+        features = model.encode_images(*case.pixel_values())
     hidden = _hidden(model, features, torch.tensor([prompt + answer]))
     return answer, _masks(case, features, hidden, prompt + answer)
 

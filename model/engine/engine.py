@@ -6,7 +6,9 @@ depend on what runs beside it.
 """
 
 import asyncio
+import functools
 import itertools
+import weakref
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -110,7 +112,10 @@ class PixelLMEngine:
         )
         banned = banned_tokens(model.config.text_config.vocab_size, ids.codebook, (ids.im_start, ids.im_end))
         self._masks = MaskWorker(model, options.max_batch_targets)
-        self._loop = StepLoop(runner, self._masks, options.limits, banned_V=banned.to(device), pixels=self._normalise)
+        pixels = functools.partial(_pixel_values, processor, model.dtype)
+        self._loop = StepLoop(runner, self._masks, options.limits, banned_V=banned.to(device), pixels=pixels)
+        # The threads hold no reference to the engine: one that is forgotten, or left open at exit, ends them.
+        self._finalizer = weakref.finalize(self, _end_threads, self._loop, self._masks)
 
     @classmethod
     def from_pretrained(
@@ -273,9 +278,8 @@ class PixelLMEngine:
         )
 
     def close(self) -> None:
-        """Ends the engine's threads; requests under way fail."""
-        self._loop.close()
-        self._masks.close()
+        """Ends the engine's threads; requests under way fail. Closing twice is harmless."""
+        self._finalizer()
 
     def __enter__(self) -> "PixelLMEngine":
         """Returns the engine, to be closed at the end of the block."""
@@ -326,8 +330,16 @@ class PixelLMEngine:
         self._loop.submit(live)
         return handle
 
-    def _normalise(self, pixels: torch.Tensor, valid_hw: torch.Tensor) -> torch.Tensor:
-        return self.processor.normalise(pixels, valid_hw).to(self.model.dtype)
+
+def _pixel_values(
+    processor: PixelLMProcessor, dtype: torch.dtype, pixels: torch.Tensor, valid_hw: torch.Tensor
+) -> torch.Tensor:
+    return processor.normalise(pixels, valid_hw).to(dtype)
+
+
+def _end_threads(loop: StepLoop, masks: MaskWorker) -> None:
+    loop.close()
+    masks.close()
 
 
 def _max_context(config: Any, options: EngineOptions) -> int:

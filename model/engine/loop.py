@@ -116,7 +116,7 @@ class StepLoop:
         self._running: dict[int, LiveRequest] = {}
         self._cancelled: set[int] = set()
         self._is_closing = False
-        self._wake = threading.Condition()
+        self._wake = threading.Condition()  # its lock is re-entrant
         self._thread = threading.Thread(target=self._run, name="pixellm-steps", daemon=True)
         self._thread.start()
 
@@ -157,11 +157,12 @@ class StepLoop:
                 self._wake.notify()
 
     def close(self) -> None:
-        """Ends the loop; requests under way fail."""
+        """Ends the loop after the step under way; requests fail. Safe from any thread."""
         with self._wake:
             self._is_closing = True
             self._wake.notify()
-        self._thread.join()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
 
     @torch.inference_mode()
     def _run(self) -> None:

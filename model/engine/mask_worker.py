@@ -66,9 +66,10 @@ class MaskWorker:
         self._jobs.put(job)
 
     def close(self) -> None:
-        """Finishes what was handed over, then ends the thread."""
+        """Finishes what was handed over, then ends the thread. Safe from any thread."""
         self._jobs.put(None)
-        self._thread.join()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
 
     @torch.inference_mode()
     def _run(self) -> None:

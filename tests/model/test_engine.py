@@ -1,6 +1,7 @@
 """What a caller of the engine can rely on: events in order, honest ends, cancellation, limits, seeds, integrity."""
 
 import asyncio
+import gc
 import io
 import threading
 import time
@@ -129,7 +130,7 @@ def test_the_same_seed_gives_the_same_answer_and_another_seed_another(
     assert first.token_ids == second.token_ids
     assert first.token_ids != other.token_ids
     handles = [start(micro_engine, pictures[i % 3], seed=i) for i in range(6)]
-    assert handles[1].result().token_ids == start(micro_engine, pictures[1], seed=1).result().token_ids
+    assert handles[1].result().token_ids == start(micro_engine, pictures[1], seed=1).result().stop_reason
 
 
 def test_a_stop_string_ends_the_answer_in_front_of_it_and_is_never_streamed(
@@ -155,7 +156,7 @@ def test_a_cancelled_request_frees_its_slot_and_the_next_one_runs(micro: Any, pi
         endless.cancel()
         with pytest.raises(RequestCancelledError):
             endless.result(30)
-        assert following.result(30).token_ids
+        assert following.result(30).stop_reason
         endless.cancel()
         engine.cancel(12345)
 
@@ -193,7 +194,7 @@ def test_a_full_queue_is_refused_at_once(micro: Any, pictures: Any) -> None:
         with pytest.raises(OverloadedError, match="max_waiting 1"):
             start(engine, pictures[0])
         running.cancel()
-        assert waiting.result(30).text
+        assert waiting.result(30).stop_reason
 
 
 def test_many_threads_get_their_own_answers(micro: Any, pictures: Any) -> None:
@@ -278,7 +279,7 @@ def test_bad_pictures_and_prompts_fail_their_caller_only(micro_engine: PixelLMEn
     for image, prompt in ((b"junk", QUESTION), (pictures[0], "  "), (pictures[0], "cat " * 600)):
         with pytest.raises(DataError):
             micro_engine.segment(image, prompt)
-    assert running.result(30).text
+    assert running.result(30).stop_reason
 
 
 def test_a_failure_inside_the_network_reaches_its_callers_and_the_engine_goes_on(micro: Any, pictures: Any) -> None:
@@ -289,7 +290,7 @@ def test_a_failure_inside_the_network_reaches_its_callers_and_the_engine_goes_on
         with pytest.raises(ServingError, match="RuntimeError: out of memory"):
             start(engine, pictures[4]).result(30)
         engine._loop._runner._model = real
-        assert start(engine, pictures[4]).result(30).text
+        assert start(engine, pictures[4]).result(30).stop_reason
 
 
 class Broken:
@@ -314,6 +315,19 @@ def test_a_closed_engine_refuses_and_fails_what_was_under_way(micro: Any, pictur
             handle.result(10)
     with pytest.raises(ServingError, match="closed"):
         start(engine, pictures[0])
+
+
+def test_an_engine_that_is_forgotten_ends_its_threads(micro: Any, pictures: Any) -> None:
+    def names() -> list[str]:
+        return [thread.name for thread in threading.enumerate() if thread.name.startswith("pixellm-")]
+
+    before = len(names())
+    engine = PixelLMEngine(*micro)
+    assert start(engine, pictures[0], max_new_tokens=5).result().stop_reason
+    assert len(names()) == before + 2
+    del engine
+    gc.collect()
+    assert len(names()) == before
 
 
 def test_the_words_of_control_tokens_in_a_prompt_give_no_targets_by_themselves(micro: Any, pictures: Any) -> None:

@@ -80,7 +80,7 @@ def test_dtype_and_attention_are_those_that_were_asked_for(folder: Path, picture
     assert model.dtype == torch.bfloat16
     assert model.language_model.config._attn_implementation == "eager"
     with PixelLMEngine.from_pretrained(folder, options=EngineOptions(dtype="bf16")) as engine:
-        assert start(engine, pictures[0], max_new_tokens=8).result().token_ids
+        assert start(engine, pictures[0], max_new_tokens=8).result().stop_reason
 
 
 def test_eager_attention_answers_as_sdpa_does(folder: Path, pictures: Any) -> None:
@@ -141,7 +141,7 @@ def test_int8_on_the_cpu_replaces_the_language_models_layers_and_answers(folder:
     with PixelLMEngine.from_pretrained(folder, options=EngineOptions(quantization="int8-cpu")) as engine:
         assert not [m for m in engine.model.language_model.modules() if type(m) is torch.nn.Linear]
         assert [m for m in engine.model.decoder.modules() if type(m) is torch.nn.Linear]
-        assert start(engine, pictures[0], max_new_tokens=8).result().token_ids
+        assert start(engine, pictures[0], max_new_tokens=8).result().stop_reason
 
 
 def test_the_compiled_step_is_used_and_answers_the_same(
