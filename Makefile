@@ -44,7 +44,7 @@ $(SETUP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --upgrade pip "setuptools>=77" wheel
 	TORCH_INDEX_URL="$(TORCH_INDEX_URL)" $(BIN)/python tools/install_torch.py
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable . --no-build-isolation
-	$(BIN)/python -c "from pixellm.jobs.train.deepspeed_engine import warm_up_deepspeed; warm_up_deepspeed()"
+	$(BIN)/python -m pixellm.jobs.train.warm_up
 	touch $@
 
 $(SETUP_DEV): $(SETUP)

@@ -15,7 +15,6 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,10 +24,9 @@ from torch import Tensor, nn
 
 from pixellm.errors import ConfigError
 from pixellm.jobs.train import ranks
-from pixellm.platform.settings import TrainSettings, from_environment
+from pixellm.jobs.train.build_lock import needs_compilation, stale_locks_removed
+from pixellm.platform.settings import TrainSettings
 
-_OP_NAME = "deepspeed_shm_comm"
-_MAX_BUCKET_ELEMENTS = 100_000_000
 Batch = Mapping[str, Any]
 
 
@@ -83,12 +81,13 @@ class TrainEngine:
         optimizer = torch.optim.AdamW(
             list(trainable.values()), lr=0.0, betas=train.betas, weight_decay=train.weight_decay
         )
-        engine, *_ = deepspeed.initialize(
-            model=model,
-            optimizer=optimizer,
-            config=deepspeed_config(train, sum(p.numel() for p in trainable.values())),
-            dist_init_required=False,
-        )
+        with stale_locks_removed():
+            engine, *_ = deepspeed.initialize(
+                model=model,
+                optimizer=optimizer,
+                config=deepspeed_config(train, sum(p.numel() for p in trainable.values())),
+                dist_init_required=False,
+            )
         for state in optimizer.state.values():  # so the bias correction starts at the first real step
             state["step"].zero_()
         return cls(engine, optimizer, trainable, seed)
@@ -242,14 +241,6 @@ def import_deepspeed(*, use_gpu: bool) -> Any:
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     logging.getLogger("deepspeed").setLevel(logging.ERROR)
     return deepspeed
-
-
-def needs_compilation() -> bool:
-    """Whether the first DeepSpeed start here has to compile its CPU communication op (1 minute)."""
-    from torch.utils import cpp_extension  # imports setuptools
-
-    root = from_environment().get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()
-    return not any(Path(root).glob(f"**/{_OP_NAME}/{_OP_NAME}.so"))
 
 
 @contextmanager
