@@ -27,6 +27,7 @@ from pixellm.jobs.train import ranks
 from pixellm.jobs.train.build_lock import needs_compilation, stale_locks_removed
 from pixellm.platform.settings import TrainSettings
 
+_MAX_BUCKET_ELEMENTS = 100_000_000
 Batch = Mapping[str, Any]
 
 

@@ -2,7 +2,8 @@
 
 import sys
 
-from pixellm.jobs.train.deepspeed_engine import needs_compilation, warm_up_deepspeed
+from pixellm.jobs.train.build_lock import needs_compilation
+from pixellm.jobs.train.deepspeed_engine import warm_up_deepspeed
 
 
 def main() -> None:

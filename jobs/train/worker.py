@@ -9,9 +9,10 @@ import torch
 from pixellm.errors import CheckpointError
 from pixellm.jobs.train import ranks
 from pixellm.jobs.train.build import build_model, build_processor, save_model_folder, saves_only_trainable
+from pixellm.jobs.train.build_lock import needs_compilation
 from pixellm.jobs.train.channel import WorkerLine
 from pixellm.jobs.train.checkpoints import Checkpoint, CheckpointFolder
-from pixellm.jobs.train.deepspeed_engine import TrainEngine, needs_compilation
+from pixellm.jobs.train.deepspeed_engine import TrainEngine
 from pixellm.jobs.train.encode import SampleEncoder
 from pixellm.jobs.train.entry import WorkerSpec
 from pixellm.jobs.train.events import CheckpointEvent, StartEvent, StatusEvent, WorkerResult
