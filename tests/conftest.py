@@ -32,6 +32,8 @@ def ray_cluster() -> Iterator[str]:
     """The suite's one local Ray cluster (4 logical CPUs); yields its address."""
     import ray
 
-    context = ray.init(num_cpus=4, include_dashboard=True, dashboard_port=0, log_to_driver=False, configure_logging=False)
+    context = ray.init(
+        num_cpus=4, include_dashboard=True, dashboard_port=0, log_to_driver=False, configure_logging=False
+    )
     yield context.address_info["address"]
     ray.shutdown()
