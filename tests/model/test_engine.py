@@ -130,7 +130,7 @@ def test_the_same_seed_gives_the_same_answer_and_another_seed_another(
     assert first.token_ids == second.token_ids
     assert first.token_ids != other.token_ids
     handles = [start(micro_engine, pictures[i % 3], seed=i) for i in range(6)]
-    assert handles[1].result().token_ids == start(micro_engine, pictures[1], seed=1).result().stop_reason
+    assert handles[1].result().token_ids == start(micro_engine, pictures[1], seed=1).result().token_ids
 
 
 def test_a_stop_string_ends_the_answer_in_front_of_it_and_is_never_streamed(
