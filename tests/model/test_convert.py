@@ -8,11 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from micro import micro_batch, micro_model
 from safetensors.torch import save_file
 
 from pixellm.errors import ConfigError, ModelLoadError
 from pixellm.model.convert import convert_official, from_official
 from pixellm.model.modeling import PixelLMForConditionalGeneration
+from pixellm.model.official import _unused_shapes, official_name
+from pixellm.model.processing import PixelLMProcessor
+from pixellm.model.tokenization import add_codebook_tokens, load_tiny_tokenizer
 
 State = dict[str, torch.Tensor]
 
@@ -177,3 +181,72 @@ def test_streaming_needs_memory_for_one_shard_only(tmp_path: Path, kind: str) ->
     run = [sys.executable, "-c", _PEAK, str(tmp_path), str(tmp_path)]
     grown = float(subprocess.run(run, capture_output=True, text=True, check=True).stdout)
     assert grown < 1.2 * 32 + 16, f"{grown:.0f} MiB for shards of 32 MiB"
+
+
+def as_released(model: PixelLMForConditionalGeneration) -> tuple[State, dict, State]:
+    """Our weights under the released names, with random values for what a release holds beside them."""
+    config, size = model.config, model.config.decoder_hidden_size
+    ours = model.state_dict()
+    state = {official_name(key): value for key, value in ours.items() if not key.startswith("vision_tower.")}
+    state |= {key: torch.randn(shape) for key, shape in _unused_shapes(size).items()}
+    vision = {key.removeprefix("vision_tower."): v for key, v in ours.items() if key.startswith("vision_tower.")}
+    official = {
+        "llm": config.text_config.to_dict(),
+        "vision": config.vision_config.to_dict() | {"resized_image_size": config.image_size},
+        "decoder": {"num_heads": config.decoder_num_heads},
+        "seg_token_ids": config.codebook_token_ids,
+        "im_start_id": config.im_start_id,
+        "im_end_id": config.im_end_id,
+        "feature_layers": config.vision_feature_layers,
+    }
+    return state, official, vision
+
+
+@pytest.mark.parametrize("tokens_per_scale", [1, 2, 3, 4])
+def test_every_codebook_size_and_width_converts_back_to_the_same_network(tokens_per_scale: int) -> None:
+    model = micro_model(
+        tokens_per_scale=tokens_per_scale,
+        token_fusion="mean",
+        scale_fusion="mean",
+        position_resize="released",
+        image_token_grid=4,
+        decoder_iou_head_size=12,
+        decoder_depth=1 + tokens_per_scale % 2,
+    ).eval()
+    state, official, vision = as_released(model)
+    again = from_official(
+        state, official, tokens_per_scale=tokens_per_scale, num_scales=2, vision_state_dict=vision
+    ).eval()
+    batch = micro_batch(model.config)
+    for key in ("labels", "target_masks"):
+        del batch[key]
+    assert torch.equal(again(**batch).mask_logits, model(**batch).mask_logits)
+    assert torch.equal(again(**batch).logits, model(**batch).logits)
+
+
+def test_codebook_ids_are_looked_up_in_the_releases_tokenizer_by_name(tmp_path: Path) -> None:
+    tokenizer = load_tiny_tokenizer()
+    tokenizer.add_tokens(["something else first"])
+    ids = add_codebook_tokens(tokenizer, 2, 2)
+    model = micro_model(
+        tokens_per_scale=2,
+        token_fusion="mean",
+        scale_fusion="mean",
+        image_token_grid=4,
+        text_config={"vocab_size": ids.vocab_size + 5},
+    )
+    state, official, vision = as_released(model)
+    for key in ("seg_token_ids", "im_start_id", "im_end_id"):
+        del official[key]
+    source, tower = write_released(tmp_path, (state, official, vision), "safetensors")
+    tokenizer.save_pretrained(source)
+    report = convert_official(
+        source, tmp_path / "ours", tower, tokens_per_scale=2, num_scales=2, decoder_num_heads=2, image_size=32
+    )
+    assert report.has_tokenizer
+    config = PixelLMForConditionalGeneration.from_pretrained(report.path).config
+    assert config.codebook_token_ids == list(ids.codebook)
+    assert config.im_start_id == ids.im_start
+    processor = PixelLMProcessor.from_pretrained(report.path)
+    processor.check_matches(config)
+    assert (processor.image_size, processor.num_image_tokens) == (32, 16)
