@@ -33,6 +33,7 @@ _QUIET: dict[str, int] = {
     "urllib3": logging.ERROR,
 }
 _CHILD_VARIABLES = {
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # else Ray announces a future default with each task without a GPU
