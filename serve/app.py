@@ -176,7 +176,7 @@ def serve_forever(settings: Settings, model_ref: str, *, host: str | None = None
         with service, _StopSignal() as stop:
             _say_how_to_use(service)
             stop.wait()
-            print("stopping: open requests are finished first", flush=True)
+            print("stopping when the open requests are answered; Ctrl-C again stops at once", flush=True)
     finally:
         if cluster.is_ours:
             disconnect()

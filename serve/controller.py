@@ -138,11 +138,15 @@ def wait_until_it_answers(url: str, deadline: float) -> None:
 
 
 def take_down(app_name: str, owns_serve: bool, host: str, port: int) -> None:
-    """Ends the application, and Serve with it where this process started it; then nothing listens there any more."""
+    """Ends the application, open requests first, and Serve with it where this process started it.
+
+    When it returns in the second case, nothing listens at `host:port` any more.
+    """
     from ray import serve
 
-    if not owns_serve:
+    with suppress(TimeoutError):  # a request that does not end: Serve kills its replica after the graceful time
         serve.delete(app_name)
+    if not owns_serve:
         return
     _shut_serve_down()
     deadline = time.monotonic() + _SHUTDOWN_LIMIT_S

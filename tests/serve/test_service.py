@@ -1,4 +1,4 @@
-"""The real thing: Ray Serve, real replicas, real HTTP. Deployed once; the last test kills a replica."""
+"""The real thing: Ray Serve, real replicas, real HTTP. Deployed once; the last tests kill a replica and stop it all."""
 
 import base64
 import io
@@ -275,3 +275,20 @@ def test_questions_in_flight_on_a_killed_replica_are_answered_all_the_same(
         assert [answer.result().text for answer in answers] == [LONG[1]] * 2
     assert metric(service, "pixellm_retries_total") == 2
     assert pid not in replica_pids()
+
+
+def test_stopping_answers_what_is_open_and_leaves_nothing_listening(
+    service: ServiceHandle, client: PixelLMClient, photo_path: Path
+) -> None:
+    stream = client.chat_stream(photo_path, LONG[0])
+    words = [next(stream)]
+    with ThreadPoolExecutor(1) as pool:
+        stopping = pool.submit(service.stop)
+        words += list(stream)
+        stopping.result()
+    last = words[-1]
+    assert isinstance(last, RemoteResult)
+    assert last.text == LONG[1]
+    with socket.socket() as probe:
+        assert probe.connect_ex((service.host, service.port)) != 0
+    service.stop()  # once more does nothing
