@@ -6,6 +6,8 @@ hangs. The file does not say who holds it, so its age has to tell.
 """
 
 import logging
+import os
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -23,10 +25,19 @@ _STALE_AFTER_LOADING_S, _STALE_AFTER_COMPILING_S = 45.0, 600.0
 
 
 def build_root() -> Path:
-    """The folder of torch's compiled extensions."""
+    """The folder of torch's compiled extensions: `TORCH_EXTENSIONS_DIR`, else one inside this virtual environment.
+
+    torch's own default is one folder per user. Two environments would compile over each other there, again at each
+    switch, because the compiler's command line names the environment.
+    """
+    chosen = from_environment().get("TORCH_EXTENSIONS_DIR")
+    if chosen:
+        return Path(chosen)
+    if os.access(sys.prefix, os.W_OK):
+        return Path(sys.prefix) / "torch_extensions"
     from torch.utils import cpp_extension  # imports setuptools
 
-    return Path(from_environment().get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root())
+    return Path(cpp_extension.get_default_build_root())
 
 
 def needs_compilation(root: Path | None = None) -> bool:

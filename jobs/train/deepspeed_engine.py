@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from pixellm.errors import ConfigError
 from pixellm.jobs.train import ranks
-from pixellm.jobs.train.build_lock import needs_compilation, stale_locks_removed
+from pixellm.jobs.train.build_lock import build_root, needs_compilation, stale_locks_removed
 from pixellm.platform.settings import TrainSettings
 
 _MAX_BUCKET_ELEMENTS = 100_000_000
@@ -237,6 +237,7 @@ def import_deepspeed(*, use_gpu: bool) -> Any:
     if not use_gpu:
         os.environ["DS_ACCELERATOR"] = "cpu"
     os.environ.setdefault("LOCAL_RANK", "0")
+    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(build_root()))
     import deepspeed  # slow
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)

@@ -110,12 +110,12 @@ def test_the_level_comes_from_the_environment_and_libraries_stay_quiet(
     configure_logging()  # twice is once
     logging.getLogger("pixellm.jobs").info("ours")
     logging.getLogger("mlflow.store").info("theirs")
-    logging.getLogger("alembic.runtime").warning("worth saying")
+    logging.getLogger("PIL.Image").warning("worth saying")
     captured = capsys.readouterr()
     assert captured.out == ""
     assert [line.split(" ", 1)[1] for line in captured.err.splitlines()] == [
         "INFO pixellm.jobs: ours",
-        "WARNING alembic.runtime: worth saying",
+        "WARNING PIL.Image: worth saying",
     ]
 
 
