@@ -30,7 +30,7 @@ def test_with_the_repository_root_first_on_the_path() -> None:
 
 
 def test_inside_a_ray_job_whose_working_directory_has_our_layout(ray_cluster: str, tmp_path: Path) -> None:
-    from pixellm.jobs.submit import JobHandle, open_client
+    from pixellm.jobs.job_client import JobHandle, open_client
     from pixellm.platform.cluster import connect
 
     for name in ("model", "platform", "jobs", "serve"):
