@@ -18,6 +18,7 @@ from pixellm.model.convert import from_official
 from pixellm.model.images import logits_at_original_size
 from pixellm.model.modeling import PixelLMForConditionalGeneration, PixelLMOutput
 from pixellm.model.official import official_name
+from pixellm.model.vision import valid_patches
 
 Pairs = dict[str, tuple[np.ndarray, np.ndarray]]
 
@@ -196,8 +197,6 @@ def _inside(case: Case) -> Pairs:
 
 
 def _vision_states(case: Case) -> list[Tensor]:
-    from pixellm.model.vision import valid_patches
-
     config = case.model.config
     valid = valid_patches(case.inputs["image_valid_hw"][:1], config.patch_grid, config.vision_config.patch_size)
     pixels = case.inputs["pixel_values"][:1]

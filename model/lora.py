@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pixellm.errors import ConfigError, ModelLoadError
@@ -120,8 +121,6 @@ def save_adapter(model: nn.Module, path: str | PathLike[str]) -> None:
     Raises:
         ConfigError: no adapter is attached.
     """
-    from safetensors.torch import save_file
-
     lora_scaling(model)
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
@@ -145,7 +144,6 @@ def load_adapter(
         ConfigError: the model has an adapter already.
     """
     from peft import LoraConfig  # slow import
-    from safetensors.torch import load_file
 
     folder = Path(path)
     if not (folder / WEIGHTS_FILE).is_file() or not (folder / "adapter_config.json").is_file():

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pixellm.errors import ModelLoadError
+from pixellm.model.codebook import TokenFusion
 from pixellm.model.config import PixelLMConfig
 
 Shapes = dict[str, tuple[int, ...]]
@@ -197,8 +198,6 @@ def new_parameters(name: str, shape: tuple[int, ...], config: PixelLMConfig) -> 
     """The value that a learned φ or γ takes on conversion: the released constants."""
     if name == "decoder.scale_fusion.values":
         return torch.zeros(shape)
-    from pixellm.model.codebook import TokenFusion  # only for checkpoints converted with learned fusion
-
     return TokenFusion(config.tokens_per_scale, config.num_scales, config.decoder_hidden_size).weight.detach()
 
 

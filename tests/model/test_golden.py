@@ -1,6 +1,6 @@
 """Ours against the released numbers, array by array, within the tolerances of tests/golden/README.md."""
 
-import subprocess
+import json
 import sys
 from pathlib import Path
 
@@ -59,12 +59,29 @@ def test_no_golden_array_of_the_converted_model_is_left_out(e2e_members, e2e_pai
 
 def test_an_unknown_file_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "surprise.npz").write_bytes(b"")
-    run = subprocess.run(
-        [sys.executable, "-m", "benchmarks.golden", "--dir", str(tmp_path)],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode != 0
-    assert "surprise.npz" in run.stderr
+    with pytest.raises(SystemExit, match=r"surprise\.npz is of no known form"):
+        golden.compare_dir(tmp_path)
+
+
+def test_a_model_without_all_its_files_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "e2e_b_io.npz").write_bytes(b"")
+    with pytest.raises(SystemExit, match=r"e2e_b lacks config\.json, state\.npz, vision_state\.npz"):
+        golden.compare_dir(tmp_path)
+
+
+def test_the_benchmarks_last_line_gives_the_largest_error_by_file(
+    golden_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stored = dict(np.load(golden_dir / "fusion.npz"))
+    np.savez(tmp_path / "fusion.npz", **stored)
+    largest = np.abs(stored["3x2.fused"]).max()
+    stored["3x2.fused"] = stored["3x2.fused"].copy()
+    stored["3x2.fused"].flat[0] += 0.01 * largest
+    np.savez(tmp_path / "fusion_b.npz", **stored)
+    monkeypatch.setattr(sys, "argv", ["golden", "--dir", str(tmp_path)])
+    golden.main()
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["benchmark"] == "golden"
+    assert result["files"] == 2
+    assert result["max_relative_error"]["fusion.npz"] < 1e-6
+    assert result["max_relative_error"]["fusion_b.npz"] == pytest.approx(0.01, rel=0.02)

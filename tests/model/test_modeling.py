@@ -214,6 +214,17 @@ def test_gradient_checkpointing_changes_no_gradient() -> None:
         torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-4, atol=1e-6)
 
 
+def test_half_precision_trains_and_keeps_mask_logits_in_full() -> None:
+    batch = micro_batch(micro_config())
+    full = micro_model()(**batch)
+    model = micro_model().to(torch.bfloat16)
+    half = model(**batch)
+    half.loss.backward()
+    assert half.mask_logits.dtype == torch.float32
+    assert all(p.grad.dtype == torch.bfloat16 for p in model.parameters() if p.grad is not None)
+    torch.testing.assert_close(half.loss.float(), full.loss, rtol=0.05, atol=0.05)
+
+
 def test_saved_and_loaded_is_bit_equal(tmp_path: Path) -> None:
     model = micro_model().eval()
     model.save_pretrained(tmp_path)
