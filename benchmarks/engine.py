@@ -2,13 +2,15 @@
 
     python -m benchmarks.engine [--preset small] [--quick]
 
-Six measurements, each with both sides in this run: (a) the released algorithm, (b) transformers' `generate` and a
+Seven measurements, each with both sides in this run: (a) the released algorithm, (b) transformers' `generate` and a
 second pass, (c) static batches, (d) growth of the cost per token, (e) a group in one forward against token by token,
-(f) masks of 1, 8 and 64 targets with their peak memory. The last line is one JSON object; a ratio above 1 means that
-the engine is better.
+(f) masks of 1, 8 and 64 targets with their peak memory, (g) bf16 and int8 against fp32. The last line is one JSON
+object; a ratio above 1 means that the engine, or the smaller number, is better.
 """
 
 import argparse
+import copy
+import functools
 import json
 import math
 import os
@@ -19,6 +21,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -36,6 +39,7 @@ from benchmarks.engine_baselines import (
 from pixellm.model.config import PixelLMConfig
 from pixellm.model.engine import EngineOptions, GenerationOptions, PixelLMEngine, SchedulerLimits
 from pixellm.model.engine.mask_worker import MaskJob, decode_in_batches
+from pixellm.model.engine.options import quantize_language_model_int8
 from pixellm.model.images import PreparedImage
 from pixellm.model.modeling import PixelLMForConditionalGeneration
 from pixellm.model.processing import PixelLMProcessor
@@ -215,6 +219,24 @@ def measure_masks(case: Case, repeats: int) -> dict[str, Any]:
     }
 
 
+def compare_numbers(case: Case, repeats: int) -> dict[str, Any]:
+    """(g): one token for one and for eight rows in bf16 and in int8, against fp32."""
+    models = {"fp32": case.model, "bf16": copy.deepcopy(case.model).bfloat16(), "int8-cpu": copy.deepcopy(case.model)}
+    quantize_language_model_int8(models["int8-cpu"])
+    speedups: dict[str, dict[str, float]] = {"bf16": {}, "int8-cpu": {}}
+    for batch_size in (1, 8):
+        sides = {}
+        for name, model in models.items():
+            bare = BareRunner(replace(case, model=model), batch_size)
+            rows = bare.start([f"Segment the cat number {i}." for i in range(batch_size)])
+            sides[name] = functools.partial(seconds_of, functools.partial(bare.run_tokens, rows, 8))
+        medians = {name: statistics.median(values) for name, values in alternate(sides, repeats).items()}
+        for name in speedups:
+            speedups[name][str(batch_size)] = round(medians["fp32"] / medians[name], 3)
+    print(f"(g) speed of generation over fp32 by batch size: {speedups}")
+    return {"speedup_over_fp32": speedups}
+
+
 def peak_growth(run: Callable[[], Any]) -> int:
     """Bytes by which resident memory rises at most while `run` runs, sampled every millisecond."""
     page, done = os.sysconf("SC_PAGE_SIZE"), threading.Event()
@@ -266,6 +288,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     result |= measure_growth(case, 2 if options.quick else repeats)
     result |= compare_groups(case, 9)
     result |= measure_masks(case, repeats)
+    result |= compare_numbers(case, repeats)
     result["seconds"] = round(time.perf_counter() - started, 1)
     print(json.dumps({key: round(value, 4) if isinstance(value, float) else value for key, value in result.items()}))
 

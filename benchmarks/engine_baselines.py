@@ -133,6 +133,7 @@ class BareRunner:
             reuse_prefix=True,
         )
 
+    @torch.inference_mode()
     def start(self, questions: Sequence[str]) -> list[Row]:
         """Prefills one row per question."""
         rows = []
@@ -144,6 +145,15 @@ class BareRunner:
             self.runner.prefill(row, row.prompt_left)
             rows.append(row)
         return rows
+
+    @torch.inference_mode()
+    def run_tokens(self, rows: Sequence[Row], count: int) -> None:
+        """Generates `count` tokens for every row and takes them back."""
+        lengths = [row.length for row in rows]
+        for _ in range(count):
+            self.runner.decode_tokens(rows, self.runner.logits(rows).argmax(-1).tolist(), [])
+        for row, length in zip(rows, lengths, strict=True):
+            row.length = length
 
     def release(self, rows: Sequence[Row]) -> None:
         """Gives the rows back."""

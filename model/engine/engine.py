@@ -6,6 +6,7 @@ depend on what runs beside it.
 """
 
 import asyncio
+import contextlib
 import functools
 import itertools
 import weakref
@@ -232,6 +233,18 @@ class PixelLMEngine:
         request = SegmentRequest(b"", "", options or GenerationOptions())
         return self._submit(request, picture, list(prompt_ids), Stopwatch(), None)
 
+    async def asubmit(self, request: SegmentRequest, listener: Listener | None = None) -> RequestHandle:
+        """`submit` for asyncio: prepares the picture on another thread.
+
+        Cancelling the task while it prepares gives the request up as soon as it is in.
+        """
+        submitting = asyncio.ensure_future(asyncio.to_thread(self.submit, request, listener))
+        try:
+            return await asyncio.shield(submitting)
+        except asyncio.CancelledError:
+            submitting.add_done_callback(_give_up)
+            raise
+
     async def asegment(self, request: SegmentRequest) -> SegmentationResult:
         """Answers one request from asyncio; cancelling the task gives the request up."""
         result: SegmentationResult | None = None
@@ -247,10 +260,10 @@ class PixelLMEngine:
         events: asyncio.Queue[StreamEvent | PixelLMError] = asyncio.Queue()
 
         def listener(event: StreamEvent | PixelLMError) -> None:
-            if not event_loop.is_closed():
+            with contextlib.suppress(RuntimeError):  # the event loop may have closed
                 event_loop.call_soon_threadsafe(events.put_nowait, event)
 
-        handle = await asyncio.to_thread(self.submit, request, listener)
+        handle = await self.asubmit(request, listener)
         try:
             while True:
                 event = await events.get()
@@ -335,6 +348,11 @@ def _pixel_values(
     processor: PixelLMProcessor, dtype: torch.dtype, pixels: torch.Tensor, valid_hw: torch.Tensor
 ) -> torch.Tensor:
     return processor.normalise(pixels, valid_hw).to(dtype)
+
+
+def _give_up(submitted: "asyncio.Future[RequestHandle]") -> None:
+    if not submitted.cancelled() and submitted.exception() is None:
+        submitted.result().cancel()
 
 
 def _end_threads(loop: StepLoop, masks: MaskWorker) -> None:

@@ -69,6 +69,7 @@ class LoopCounters:
     """What the loop has done since it started.
 
     Attributes:
+        submitted: requests taken in.
         steps: plans executed.
         token_forwards: forwards of one token per row.
         group_forwards: forwards of whole groups.
@@ -77,6 +78,7 @@ class LoopCounters:
         targets: finished groups.
     """
 
+    submitted: int = 0
     steps: int = 0
     token_forwards: int = 0
     group_forwards: int = 0
@@ -147,6 +149,7 @@ class StepLoop:
                     f"{limits.max_waiting}); try again"
                 )
             self._waiting[request.request_id] = request
+            self.counters.submitted += 1
             self._wake.notify()
 
     def cancel(self, request_id: int) -> None:

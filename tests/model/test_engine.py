@@ -126,9 +126,9 @@ def test_the_context_limit_ends_an_answer_and_refuses_a_prompt(micro: Any, pictu
 def test_the_same_seed_gives_the_same_answer_and_another_seed_another(
     micro_engine: PixelLMEngine, pictures: Any
 ) -> None:
-    first, second, other = (start(micro_engine, pictures[0], seed=seed).result() for seed in (1, 1, 2))
+    first, second = (start(micro_engine, pictures[0], seed=1).result() for _ in range(2))
     assert first.token_ids == second.token_ids
-    assert first.token_ids != other.token_ids
+    assert len({start(micro_engine, pictures[0], seed=seed).result().token_ids for seed in range(6)}) > 2
     handles = [start(micro_engine, pictures[i % 3], seed=i) for i in range(6)]
     assert handles[1].result().token_ids == start(micro_engine, pictures[1], seed=1).result().token_ids
 
@@ -229,6 +229,15 @@ def test_asyncio_callers_stream_and_a_cancelled_task_gives_its_request_up(micro:
         with pytest.raises(asyncio.CancelledError):
             await task
         while engine.stats().running:
+            await asyncio.sleep(0.002)
+        early = asyncio.create_task(engine.asegment(request(max_new_tokens=1500)))
+        await asyncio.sleep(0)
+        early.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await early
+        deadline = time.monotonic() + 20
+        while engine.stats().running or engine.stats().waiting or engine._loop.counters.submitted < 6:
+            assert time.monotonic() < deadline
             await asyncio.sleep(0.002)
         with pytest.raises(DataError):
             await engine.asegment(SegmentRequest(b"no picture", QUESTION))
