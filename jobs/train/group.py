@@ -5,6 +5,7 @@ thread, so it never is. The workers are asked to stop instead, and end by themse
 """
 
 import logging
+import math
 import os
 import threading
 from dataclasses import replace
@@ -75,7 +76,7 @@ def worker_cpus(settings: Settings, total_cpus: float) -> float:
             f"the cluster has {total_cpus:g} logical CPUs; {train.num_workers} workers with a reading task of "
             f"{task_cpus:g} each do not fit: lower train.num_workers or data.task_cpus, or raise cluster.num_cpus"
         )
-    return min(train.worker_cpus, round(room - 0.005, 2))
+    return min(train.worker_cpus, math.floor(100 * room) / 100)
 
 
 def _trainer(spec: WorkerSpec) -> Any:

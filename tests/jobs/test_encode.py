@@ -59,3 +59,21 @@ def test_the_encoder_travels_to_other_processes(encoder: SampleEncoder, demo_sha
     one, other = encoder(row, dialogue, draw), copy(row, dialogue, draw)
     assert np.array_equal(one.input_ids, other.input_ids)
     assert np.array_equal(one.pixels, other.pixels)
+
+
+def test_what_is_kept_changes_nothing_and_is_bounded(encoder: SampleEncoder, demo_shards: dict[str, str]) -> None:
+    source = QuestionSource.open(demo_shards["segmentation"], "segmentation", ComposeLimits(3, 1, 0.01))
+    order = MixtureOrder([len(source)], [1], 5)
+    kept = SampleEncoder(encoder.processor, 28)
+    kept._recent._max_bytes = 8 * 56 * 56 * 3  # eight pictures
+    for draw in order.draws(0, 60):
+        row, dialogue = source.sample(draw)
+        turns = [(turn.question, turn.answer, len(turn.target_indices)) for turn in dialogue.turns]
+        masks = [rle_decode(row.targets[index].mask) for index in dialogue.target_indices]
+        fresh = encoder.processor.encode_sample(
+            row.image, turns, masks, 28, f"{row.source}/{row.image_id}", "segmentation"
+        )
+        for one in (kept(row, dialogue, draw), kept(row, dialogue, draw)):
+            for name in ("pixels", "masks", "input_ids", "labels", "valid_hw", "original_hw"):
+                assert np.array_equal(getattr(one, name), getattr(fresh, name)), name
+        assert kept._recent._num_bytes <= kept._recent._max_bytes
