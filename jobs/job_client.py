@@ -155,6 +155,29 @@ def open_client(address: str) -> Any:
         return JobSubmissionClient(url)
 
 
+def submit_job(client: Any, **job: Any) -> str:
+    """Submits a job, waiting for a head that has just started: for its first seconds no node of it takes jobs.
+
+    Args:
+        client: from `open_client`.
+        job: arguments of Ray's `submit_job`.
+
+    Returns:
+        The job's id.
+
+    Raises:
+        RuntimeError: Ray refused the job, or no node took it within a minute.
+    """
+    deadline = time.monotonic() + _HEAD_TIMEOUT_S
+    while True:
+        try:
+            return str(client.submit_job(**job))
+        except RuntimeError as error:
+            if "No available agent" not in str(error) or time.monotonic() > deadline:
+                raise
+        time.sleep(_POLL_S)
+
+
 def dashboard_url(address: str | None) -> str:
     """The dashboard that an address names; None: what the environment names.
 

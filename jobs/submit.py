@@ -19,6 +19,7 @@ from pixellm.jobs.job_client import (
     dashboard_url,
     is_head_here,
     open_client,
+    submit_job,
 )
 from pixellm.jobs.submission import Submission, parse_submit_words, plan_submission
 from pixellm.platform.cluster import runtime_env
@@ -174,10 +175,9 @@ def stop_job(job_id: str, address: str) -> str:
 
 def _submit(client: Any, plan: Submission, wheel: Path, working_dir: Path) -> str:
     with cluster_errors("the submission"):
-        return str(
-            client.submit_job(
-                entrypoint=plan.entrypoint,
-                runtime_env=runtime_env(wheel, plan.env_vars) | {"working_dir": str(working_dir)},
-                metadata=plan.metadata,
-            )
+        return submit_job(
+            client,
+            entrypoint=plan.entrypoint,
+            runtime_env=runtime_env(wheel, plan.env_vars) | {"working_dir": str(working_dir)},
+            metadata=plan.metadata,
         )

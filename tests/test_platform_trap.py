@@ -30,7 +30,7 @@ def test_with_the_repository_root_first_on_the_path() -> None:
 
 
 def test_inside_a_ray_job_whose_working_directory_has_our_layout(ray_cluster: str, tmp_path: Path) -> None:
-    from pixellm.jobs.job_client import JobHandle, open_client
+    from pixellm.jobs.job_client import JobHandle, open_client, submit_job
     from pixellm.platform.cluster import connect
 
     for name in ("model", "platform", "jobs", "serve"):
@@ -41,7 +41,7 @@ def test_inside_a_ray_job_whose_working_directory_has_our_layout(ray_cluster: st
     client = open_client(url)
     in_a_task = f"import ray; ray.init(); {CODE}; task = lambda: __import__('platform').system(); "
     entrypoint = f'{sys.executable} -c "{in_a_task}print(ray.get(ray.remote(task).remote()))"'
-    job = JobHandle(client, client.submit_job(entrypoint=entrypoint, runtime_env={"working_dir": str(tmp_path)}))
+    job = JobHandle(client, submit_job(client, entrypoint=entrypoint, runtime_env={"working_dir": str(tmp_path)}))
     assert job.wait(timeout_s=240) == 0, job.logs()
     printed = [line for line in job.logs().splitlines() if line == platform.system()]
     assert len(printed) == 2, job.logs()  # by the driver and by the task
