@@ -11,6 +11,7 @@ The random state of a micro-batch is a function of (seed, step, rank, micro-batc
 import logging
 import math
 import os
+import sysconfig
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -238,6 +239,9 @@ def import_deepspeed(*, use_gpu: bool) -> Any:
         os.environ["DS_ACCELERATOR"] = "cpu"
     os.environ.setdefault("LOCAL_RANK", "0")
     os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(build_root()))
+    scripts = sysconfig.get_path("scripts")  # ninja lies here, also where the environment is not activated
+    if scripts not in os.environ.get("PATH", "").split(os.pathsep):
+        os.environ["PATH"] = os.pathsep.join([scripts, os.environ.get("PATH", "")])
     import deepspeed  # slow
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
