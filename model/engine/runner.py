@@ -170,6 +170,8 @@ class Runner:
         ids_BQ, positions_BQ = torch.tensor([ids, positions], device=self.cache.device)[..., None]
         self.cache.begin_span(positions_BQ[:, 0], self._attended(max(row.length for row in rows) + 1))
         hidden = self._forward_tokens(self._embed_tokens(ids_BQ), self._mask(), positions_BQ)
+        if self._is_compiled:
+            hidden = hidden.clone()  # a CUDA graph writes its next output to the same place
         for row in rows:
             row.length += 1
             row.last_hidden_D = hidden[row.row, 0]

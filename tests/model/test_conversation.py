@@ -10,6 +10,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
 from pixellm.errors import ConfigError, DataError, ModelLoadError
+from pixellm.model.answers import AnswerReader
 from pixellm.model.conversation import SectionKind, Turn, conversation_sections, history_turns
 from pixellm.model.tokenization import (
     PlainTextEncoder,
@@ -136,6 +137,25 @@ def test_no_text_makes_a_control_token(tokenizer: PreTrainedTokenizerFast, piece
 def test_plain_words_are_encoded_as_the_tokenizer_does(tokenizer: PreTrainedTokenizerFast) -> None:
     text = "the cat on the table, 12 times"
     assert PlainTextEncoder(tokenizer).encode(text) == tokenizer(text, add_special_tokens=False).input_ids
+
+
+@settings(max_examples=60, deadline=None)
+@given(sections=st.lists(st.text("the cat é猫.,", min_size=1, max_size=20), min_size=1, max_size=4))
+def test_words_streamed_piece_by_piece_are_the_words_that_were_encoded(
+    tokenizer: PreTrainedTokenizerFast, sections: list[str]
+) -> None:
+    encoder, reader = PlainTextEncoder(tokenizer), AnswerReader(tokenizer)
+    sections = [" ".join(section.split()) for section in sections]
+    streamed = ""
+    for place, section in enumerate(sections):
+        streamed += reader.add_group() if place else ""
+        for token in encoder.encode(section):
+            streamed += reader.add_token(token)
+    streamed += reader.finish()
+    assert streamed == reader.text
+    marked = "".join(f"[{place}]{section}" if place else section for place, section in enumerate(sections))
+    assert streamed.replace(" ", "") == marked.replace(" ", "")
+    assert streamed.split("[")[0].rstrip() == sections[0]
 
 
 def test_a_slow_tokenizer_is_refused() -> None:
