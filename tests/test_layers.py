@@ -142,15 +142,17 @@ def test_the_platform_folder_never_becomes_a_package() -> None:
 
 
 def environment_reads(tree: ast.AST) -> list[int]:
-    """Lines that read an environment variable; setting one for children is allowed."""
+    """Lines that read an environment variable; setting one for children is allowed, and extending their PATH."""
     lines = []
     for node in ast.walk(tree):
+        name: ast.AST | None = None
         if isinstance(node, ast.Call) and ast.unparse(node.func) in ("os.getenv", "os.environ.get", "os.environ.copy"):
-            lines.append(node.lineno)
-        is_subscript = isinstance(node, ast.Subscript) and ast.unparse(node.value) == "os.environ"
-        if is_subscript and isinstance(node.ctx, ast.Load):
-            lines.append(node.lineno)
-        if isinstance(node, ast.Compare) and any(ast.unparse(side) == "os.environ" for side in node.comparators):
+            name = node.args[0] if node.args else node
+        elif isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Load):
+            name = node.slice if ast.unparse(node.value) == "os.environ" else None
+        elif isinstance(node, ast.Compare) and any(ast.unparse(side) == "os.environ" for side in node.comparators):
+            name = node.left
+        if name is not None and not (isinstance(name, ast.Constant) and name.value == "PATH"):
             lines.append(node.lineno)
     return lines
 
@@ -165,6 +167,7 @@ def test_a_read_of_the_environment_is_seen_and_a_write_is_not() -> None:
     assert environment_reads(ast.parse("x = os.environ['A']")) == [1]
     assert environment_reads(ast.parse("os.getenv('A')\nos.environ.get('B')\n'C' in os.environ")) == [1, 2, 3]
     assert environment_reads(ast.parse("os.environ['A'] = '1'\nos.environ.setdefault('B', '2')")) == []
+    assert environment_reads(ast.parse("os.environ['PATH'] = 'bin:' + os.environ['PATH']")) == []
 
 
 def test_help_does_not_pay_for_the_heavy_libraries() -> None:
