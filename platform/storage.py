@@ -32,7 +32,7 @@ def open_filesystem(uri: str | Path) -> tuple[pafs.FileSystem, str]:
         return pafs.LocalFileSystem(), str(Path(text).expanduser().absolute())
     try:
         filesystem, path = pafs.FileSystem.from_uri(text)
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+    except pa.ArrowException:
         return _open_with_fsspec(text)
     return filesystem, path
 
