@@ -37,7 +37,8 @@ ray.init(address="local", num_cpus=1, include_dashboard=False, logging_level=log
 print("answer", ray.get(ray.remote(lambda: 6 * 7).remote()))
 """
 _MLFLOW_PROBE = """
-import sys
+import os, sys
+os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "1"
 from pixellm.platform.tracking import connect_store
 client = connect_store(sys.argv[1])
 if sys.argv[2] == "write":

@@ -31,6 +31,7 @@ _PARAMS_PER_REQUEST = 100
 _PARAM_LENGTH = 6000
 _TAG_LENGTH = 8000
 _KEY_LENGTH = 250
+_SQLITE_HEAD = b"SQLite format 3\0"
 
 _HOST_TAG, _PID_TAG = "pixellm.host", "pixellm.process"
 
@@ -83,6 +84,7 @@ def connect_store(address: str) -> Any:
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+    _check_database_file(address)
     with tracking_errors(f"cannot open the MLflow store {address}"):
         from mlflow import MlflowClient  # slow (1 s), so not at import
 
@@ -268,6 +270,26 @@ class Tracker:
         except TrackingError:
             # The job's own error is the one to report; the store's is logged beside it.
             logging.getLogger(__name__).exception("the run %s could not be ended", self.run_id)
+
+
+def _check_database_file(address: str) -> None:
+    """Says at once what MLflow finds out after trying for a quarter of a minute."""
+    if not address.startswith("sqlite:///"):
+        return
+    path = Path(address.removeprefix("sqlite:///"))
+    try:
+        with path.open("rb") as file:
+            head = file.read(len(_SQLITE_HEAD))
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise TrackingError(
+            f"cannot read the MLflow store {path} ({error.strerror}); set tracking.root to another folder"
+        ) from None
+    if head and head != _SQLITE_HEAD:
+        raise TrackingError(
+            f"the MLflow store {path} is no SQLite database; move it away, or set tracking.root to another folder"
+        )
 
 
 def _experiment_id(client: Any, tracking: TrackingSettings) -> str:

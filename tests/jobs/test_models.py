@@ -61,12 +61,7 @@ def loaded(version: ModelVersion, tracking: TrackingSettings) -> Any:
     return mlflow.pyfunc.load_model(str(folder))
 
 
-def expected(model_dir: Path, image: bytes, prompt: str, **options: Any) -> dict[str, Any]:
-    """What the engine says when it is asked directly, in the registered form."""
-    from pixellm import PixelLMEngine
-
-    with PixelLMEngine.from_pretrained(model_dir) as engine:
-        result = engine.segment(image, prompt, **options)
+def in_registered_form(result: Any) -> dict[str, Any]:
     return {
         "text": result.text,
         "targets": [
@@ -84,14 +79,17 @@ def expected(model_dir: Path, image: bytes, prompt: str, **options: Any) -> dict
 
 
 def test_a_registered_version_answers_as_the_engine_does_on_its_folder(loaded: Any, model_dir: Path) -> None:
+    from pixellm import PixelLMEngine
+
     images = [picture(1), picture(2)]
     table = pd.DataFrame({"image": images, "prompt": ["Segment the cat.", "Where is the dog?"]})
     answers = loaded.predict(table, params={"threshold": 0.25, "max_new_tokens": 24})
-    wanted = [
-        expected(model_dir, image, prompt, threshold=0.25, max_new_tokens=24)
-        for image, prompt in zip(images, table["prompt"], strict=True)
-    ]
-    assert answers == wanted
+    with PixelLMEngine.from_pretrained(model_dir) as engine:
+        wanted = [
+            engine.segment(image, prompt, threshold=0.25, max_new_tokens=24)
+            for image, prompt in zip(images, table["prompt"], strict=True)
+        ]
+    assert answers == [in_registered_form(result) for result in wanted]
 
 
 def test_base64_text_and_bytes_mean_the_same_picture(loaded: Any) -> None:
