@@ -29,6 +29,8 @@ APP_NAME = "pixellm"
 ENGINE_DEPLOYMENT = "engine"
 INGRESS_DEPLOYMENT = "ingress"
 
+_WAKE_UP_S = 0.5
+
 
 @dataclass
 class ServiceHandle:
@@ -175,7 +177,8 @@ def serve_forever(settings: Settings, model_ref: str, *, host: str | None = None
         service = deploy(settings.serve, model_ref, host=host, port=port, tracking=settings.tracking)
         with service, _StopSignal() as stop:
             _say_how_to_use(service)
-            stop.wait()
+            while not stop.wait(_WAKE_UP_S):  # a signal that another thread takes does not end a wait without end
+                continue
             print("stopping when the open requests are answered; Ctrl-C again stops at once", flush=True)
     finally:
         if cluster.is_ours:
