@@ -166,19 +166,28 @@ def measure_growth(case: Case, repeats: int) -> dict[str, float]:
     write_endless_answers(case)
     prompt = case.processor.encode_prompt(QUESTION)
     with PixelLMEngine(case.model, case.processor, max_batch_size=1) as engine:
-
-        def decode_s(count: int) -> float:
-            handle = engine.submit_prepared(case.picture, prompt, GenerationOptions(max_new_tokens=count))
-            return handle.result().timings_s["decode"]
-
-        decode_s(GROWTH_TOKENS[0])
-        rounds = [[decode_s(count) for count in GROWTH_TOKENS] for _ in range(repeats)]
+        engine.submit_prepared(case.picture, prompt, GenerationOptions(max_new_tokens=16)).result()
+        rounds = [seconds_until_tokens(engine, case, prompt) for _ in range(repeats)]
     seconds = [statistics.median(values) for values in zip(*rounds, strict=True)]
     exponent = np.polyfit(np.log(GROWTH_TOKENS), np.log(seconds), 1)[0]
     shown = zip(GROWTH_TOKENS, seconds, strict=True)
     per_token = ", ".join(f"{count}: {1000 * value / count:.1f}" for count, value in shown)
     print(f"(d) milliseconds per token by tokens generated: {per_token}; exponent {exponent:.3f}")
     return {"growth_exponent": float(exponent)}
+
+
+def seconds_until_tokens(engine: PixelLMEngine, case: Case, prompt: Sequence[int]) -> list[float]:
+    """Seconds from an answer's first token until it has each of `GROWTH_TOKENS` more, of one running answer."""
+    start = engine.stats().counters.tokens
+    handle = engine.submit_prepared(case.picture, prompt, GenerationOptions(max_new_tokens=max(GROWTH_TOKENS) + 1))
+    moments: dict[int, float] = {}
+    while not handle.is_done or max(GROWTH_TOKENS) not in moments:
+        count = engine.stats().counters.tokens - start - 1
+        for place in (0, *GROWTH_TOKENS):
+            if place <= count:
+                moments.setdefault(place, time.perf_counter())
+        time.sleep(0.0005)
+    return [moments[count] - moments[0] for count in GROWTH_TOKENS]
 
 
 def compare_groups(case: Case, repeats: int) -> dict[str, float]:
