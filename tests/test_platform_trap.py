@@ -39,12 +39,10 @@ def test_inside_a_ray_job_whose_working_directory_has_our_layout(ray_cluster: st
     url = connect().dashboard_url
     assert url is not None
     client = open_client(url)
-    in_a_task = f"import ray; ray.init(); {CODE}; task = lambda: __import__('platform').system(); "
-    entrypoint = f'{sys.executable} -c "{in_a_task}print(ray.get(ray.remote(task).remote()))"'
+    entrypoint = f'{sys.executable} -c "{CODE}"'
     job = JobHandle(client, submit_job(client, entrypoint=entrypoint, runtime_env={"working_dir": str(tmp_path)}))
     assert job.wait(timeout_s=240) == 0, job.logs()
-    printed = [line for line in job.logs().splitlines() if line == platform.system()]
-    assert len(printed) == 2, job.logs()  # by the driver and by the task
+    assert platform.system() in job.logs().splitlines(), job.logs()
 
 
 @pytest.mark.parametrize("name", ["uuid", "logging.handlers", "ctypes.util"])
