@@ -3,6 +3,7 @@
 import http.server
 import json
 import os
+import platform
 import shutil
 import signal
 import socket
@@ -82,11 +83,8 @@ def head() -> Iterator[Head]:
         yield Head(url, f"127.0.0.1:{gcs}", environment)
         assert process.poll() is None, (folder / "log").read_text()  # it was up to the end
     finally:
-        process.send_signal(signal.SIGTERM)  # with --block, Ray ends all its processes
-        try:
-            process.wait(60)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
+        os.killpg(process.pid, signal.SIGKILL)  # a graceful end takes half a minute; its workers end with the raylet
+        process.wait()
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -242,9 +240,32 @@ print(system)
 
 
 def test_a_driver_that_joins_by_address_brings_its_code_as_a_wheel(head: Head, tmp_path: Path) -> None:
-    import platform
-
     assert python(_DRIVER, head, tmp_path).strip() == platform.system()
+
+
+_TRAP = """
+import sys
+from pixellm.jobs.job_client import JobHandle, open_client, submit_job
+code = "import platform, ray; print(platform.system()); ray.init(); "
+task = "print(ray.get(ray.remote(lambda: __import__('platform').system()).remote()))"
+client = open_client(sys.argv[1])
+environment = {"working_dir": sys.argv[3]}
+job = JobHandle(client, submit_job(client, entrypoint=f'python -c "{code}{task}"', runtime_env=environment))
+code = job.wait(200)
+print(job.logs())
+sys.exit(code)
+"""
+
+
+def test_a_job_whose_working_directory_has_our_layout_finds_the_standard_platform_module(
+    head: Head, tmp_path: Path
+) -> None:
+    layout = tmp_path / "layout"
+    for name in ("model", "platform", "jobs", "serve"):
+        (layout / name).mkdir(parents=True)
+        (layout / name / "settings.py").write_text("")
+    printed = python(_TRAP, head, tmp_path, str(layout)).splitlines()
+    assert printed.count(platform.system()) == 2, printed  # by the driver and by a task
 
 
 @pytest.mark.parametrize(
