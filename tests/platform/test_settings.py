@@ -190,8 +190,8 @@ def test_global_batch_size_counts_all_workers_and_accumulation_steps() -> None:
 
 
 def test_only_the_documented_environment_variables_that_are_set_are_honoured(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "PIXELLM_LOG_LEVEL"):
-        monkeypatch.delenv(name, raising=False)
+    for name in from_environment():
+        monkeypatch.delenv(name)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://m")
     monkeypatch.setenv("PIXELLM_UNKNOWN", "1")
     monkeypatch.setenv("RAY_ADDRESS", "")
