@@ -22,7 +22,10 @@ _COPULA_END = re.compile(r"[\s,]*\b(?:is|are|was|were|here|located|at|in|as|by)$
 _DETERMINER = re.compile(
     "the|an?|this|that|these|those|his|her|its|their|my|your|our|some|one|two|three|four|five|six|both|each|every|another"
 )
-_ATTACHING = re.compile("of|with|in|wearing")
+_ATTACHING = re.compile(
+    "of|with|in|wearing|on|at|by|against|near|beside|behind|above|below|under|over|across|among|between|through|inside|"
+    "(?:next|close|closer|closest|nearest) to"
+)
 _AUXILIARY = re.compile("is|are|was|were|be|been|being|has|have|had|can|could|will|would|should|may|might|do|does")
 _NAMES_NOTHING = re.compile(
     "|it|they|them|this|that|these|those|one|here|(?:the )?(?:segmentation )?(?:results?|masks?|answer|target|region)"
@@ -175,7 +178,7 @@ def _clean(phrase: str) -> str:
 
 
 def _noun_phrase(words: list[str]) -> str:
-    """The last noun phrase, with one more in front of it where a preposition such as `in` attaches the two."""
+    """The last noun phrase, with those in front of it that a preposition attaches: `the cup on the table by the door`."""
     lowered = [word.lower() for word in words]
     starts = [
         i
@@ -184,11 +187,15 @@ def _noun_phrase(words: list[str]) -> str:
     ]
     if not starts:
         return " ".join(words)
-    start = starts[-1]
-    if len(starts) > 1:
-        between = lowered[starts[-2] + 1 : start]
-        if _ATTACHING.fullmatch(between[-1]) and not any(map(_AUXILIARY.fullmatch, between)):
-            start = starts[-2]
+    start = starts.pop()
+    while starts:
+        between = lowered[starts[-1] + 1 : start]
+        attached = _ATTACHING.fullmatch(between[-1]) or _ATTACHING.fullmatch(" ".join(between[-2:]))
+        attached = attached and not (between[-1] == "with" and "with" in lowered[start:])  # the second one is a tool
+        too_long = len(words) - starts[-1] > _MAX_PHRASE_WORDS
+        if too_long or not attached or any(map(_AUXILIARY.fullmatch, between)):
+            break
+        start = starts.pop()
     return " ".join(words[start:])
 
 
