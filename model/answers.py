@@ -178,7 +178,7 @@ def _clean(phrase: str) -> str:
 
 
 def _noun_phrase(words: list[str]) -> str:
-    """The last noun phrase, with those in front of it that a preposition attaches: `the cup on the table by the door`."""
+    """The last noun phrase, with those in front of it that prepositions attach: `the cup on the table by the door`."""
     lowered = [word.lower() for word in words]
     starts = [
         i
