@@ -20,7 +20,7 @@ test: $(SETUP_DEV) browser
 	$(BIN)/python -m coverage erase
 	$(BIN)/python -m coverage run -m pytest $(ARGS)
 	$(BIN)/python -m coverage combine --quiet
-	$(BIN)/python -m coverage report --fail-under=70 --skip-covered
+	$(BIN)/python -m coverage report --fail-under=85 --skip-covered
 
 check: $(SETUP_DEV) lint types test
 
