@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 
+from pixellm.errors import ConfigError
 from pixellm.platform import storage
 from pixellm.platform.data.contact_sheet import draw_contact_sheet
 from pixellm.platform.data.shards import open_shards, write_shards
-from pixellm.platform.data.sources import get_source
+from pixellm.platform.data.sources import get_source, is_generated, with_options
 from pixellm.platform.data.sources.base import Ledger, PrepareReport, Progress
 
 #: The photographs, masks, captions and questions that come with the package.
@@ -80,33 +81,38 @@ class ShardStats:
 
 def prepare(
     source: str,
-    input_dir: str | Path,
+    input_dir: str | Path | None,
     out_uri: str | Path,
     *,
     strict: bool = False,
     skip_bad_masks: bool = False,
+    options: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> PrepareReport:
     """Turns a public dataset in its published layout into shards.
 
     Args:
         source: name of the source, see `pixellm.platform.data.sources.source_names`.
-        input_dir: folder with the dataset's files.
+        input_dir: folder with the dataset's files; None for a source that generates its pictures.
         out_uri: folder of the shards; older shards there are replaced in one step when all is done.
         strict: the first fault in the data ends the preparation instead of being counted.
         skip_bad_masks: leave out masks that lie outside their picture instead of ending with an error.
+        options: of a generating source, e.g. `{"samples": 2000, "split": "val"}`.
         progress: called with (pictures looked at, pictures in all or None).
 
     Raises:
-        ConfigError: there is no such source.
+        ConfigError: there is no such source, it needs an input folder, or takes no such options.
         DataError: a part is missing or malformed, a mask lies outside its picture, nothing was kept, or, in strict
             mode, any fault.
     """
-    reader = get_source(source)
+    reader = with_options(get_source(source), options or {})
+    if input_dir is None and not is_generated(reader):
+        raise ConfigError(f"{source} is read from a folder: give --in with {reader.layout}")
     ledger = Ledger(strict=strict, skip_bad_masks=skip_bad_masks, progress=progress)
     notes: dict[str, Any] = {"source": source}
     skipped = notes["skipped"] = ledger.counts
-    info = write_shards(reader.rows(str(input_dir), ledger), out_uri, name=Path(str(out_uri)).name, notes=notes)
+    notes |= {"options": dict(options)} if options else {}
+    info = write_shards(reader.rows(str(input_dir or ""), ledger), out_uri, name=Path(str(out_uri)).name, notes=notes)
     return PrepareReport(
         source=source,
         uri=str(out_uri),

@@ -82,21 +82,38 @@ def doctor(as_json: AsJson = False) -> None:
 
 @data_app.command("prepare")
 def data_prepare(
-    source: Annotated[str, typer.Argument(help="coco, muse, …")],
-    input_dir: Annotated[Path, typer.Option("--in", help="the dataset's folder, laid out as its publisher does")],
+    source: Annotated[str, typer.Argument(help="coco, muse, shapes, …")],
     out: Annotated[str, typer.Option("--out", help="where the shards go (folder or URI)")],
+    input_dir: Annotated[
+        Path | None, typer.Option("--in", help="the dataset's folder, laid out as its publisher does; not for shapes")
+    ] = None,
     strict: Annotated[
         bool, typer.Option("--strict", help="stop at the first bad record instead of skipping it")
     ] = False,
     skip_bad_masks: Annotated[
         bool, typer.Option("--skip-bad-masks", help="leave out masks outside their picture")
     ] = False,
+    samples: Annotated[int | None, typer.Option("--samples", help="shapes: pictures to generate")] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="shapes: another seed gives other pictures")] = None,
+    split: Annotated[str | None, typer.Option("--split", help="shapes: train, val or val_unseen")] = None,
+    shuffle_questions: Annotated[
+        bool, typer.Option("--shuffle-questions", help="shapes: every answer under another picture's question")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Public dataset → Parquet shards, with counts of what was kept and skipped."""
     from pixellm.jobs.prepare import prepare
 
-    report = prepare(source, input_dir, out, strict=strict, skip_bad_masks=skip_bad_masks, progress=_count_pictures())
+    given = {"samples": samples, "seed": seed, "split": split, "shuffle_questions": shuffle_questions or None}
+    report = prepare(
+        source,
+        input_dir,
+        out,
+        strict=strict,
+        skip_bad_masks=skip_bad_masks,
+        options={name: value for name, value in given.items() if value is not None},
+        progress=_count_pictures(),
+    )
     _print(report.to_json_dict(), report.to_text(), as_json)
 
 
