@@ -17,7 +17,7 @@ SCHEMA_VERSION = 1
 #: The place in an answer where a target's group of codebook tokens goes.
 SEG_MARKER = "{seg}"
 
-DialogueKind = Literal["muse", "vqa"]
+DialogueKind = Literal["muse", "vqa", "referring", "absent"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +41,10 @@ class Target:
 @dataclass(frozen=True, slots=True)
 class RowDialogue:
     """One question with its answer, as the source gives them.
+
+    "muse" and "vqa" are complete; from the others, questions and answers are composed while streaming: "referring" has
+    in `question` a bare expression ("the man on the left") for the targets `target_ids` (none: nothing in the picture
+    fits it) and an empty answer, "absent" in `question` the name of a category that the picture is known to lack.
 
     The k-th `{seg}` in `answer` stands for `Row.targets[target_ids[k]]`, described by `phrases[k]`.
     """
