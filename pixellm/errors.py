@@ -86,7 +86,13 @@ class OverloadedError(ServingError):
         self.retry_after_s = retry_after_s
 
     def __reduce__(self) -> tuple[object, ...]:
-        return (_rebuild_overloaded, (str(self), self.retry_after_s))
+        return (_rebuild_overloaded, (type(self), str(self), self.retry_after_s))
+
+
+class RateLimitedError(OverloadedError):
+    """One caller asks more than it may; try again after `retry_after_s` seconds (HTTP 429)."""
+
+    status_code = 429
 
 
 class RequestTimeoutError(ServingError):
@@ -105,5 +111,5 @@ def _rebuild_bad_request(message: str, status_code: int, param: str | None, code
     return BadRequestError(message, status_code=status_code, param=param, code=code)
 
 
-def _rebuild_overloaded(message: str, retry_after_s: float) -> OverloadedError:
-    return OverloadedError(message, retry_after_s=retry_after_s)
+def _rebuild_overloaded(kind: type[OverloadedError], message: str, retry_after_s: float) -> OverloadedError:
+    return kind(message, retry_after_s=retry_after_s)

@@ -151,6 +151,21 @@ class ServeSettings(_Section):
     max_prompt_chars: int = Field(8000, ge=1, description="characters of a prompt with its conversation, at most")
     request_timeout_s: float = Field(60, gt=0, description="from arrival to the last byte, queueing included")
     max_retries: int = Field(2, ge=0, description="how often a request is sent again when its replica died")
+    ingress_replicas: int = Field(1, ge=1)
+    health_check_period_s: float = Field(5, gt=0)
+    health_check_timeout_s: float = Field(15, gt=0, description="a replica that does not answer this long is ill")
+    stall_timeout_s: float = Field(30, gt=0, description="an engine that has work and makes no step is stuck after it")
+    watch_period_s: float = Field(10, gt=0, description="how often the registry is asked whether a served alias moved")
+    drain_s: float = Field(10, ge=0, description="how long a replaced version's engines stay after the switch")
+    api_keys_file: str | None = Field(None, description="hashed API keys, one a line (`pixellm key NAME` makes one)")
+    max_concurrent_per_key: int | None = Field(None, ge=1, description="open requests of one key; None: no limit")
+    max_per_minute_per_key: int | None = Field(None, ge=1, description="requests of one key in a minute, on average")
+    image_url_hosts: tuple[str, ...] = Field((), description="hosts that pictures are fetched from; none: no URLs")
+    image_url_timeout_s: float = Field(10, gt=0)
+    feedback_dir: str | None = Field(None, description="where POST /v1/feedback is kept; None: not accepted")
+    access_log: Literal["off", "stderr"] = Field("off", description="one JSON line per request of the API")
+    log_prompts: bool = Field(False, description="prompts in the access log too; pictures never are")
+    tracing: Literal["off", "console", "otlp"] = Field("off", description="OpenTelemetry spans of requests")
 
 
 class ClusterSettings(_Section):
@@ -233,10 +248,13 @@ def from_environment() -> dict[str, str]:
 
     `MLFLOW_TRACKING_URI` and `RAY_ADDRESS` stand in for `tracking.uri` and `cluster.address` where the recipe leaves
     them empty; `RAY_API_SERVER_ADDRESS` is where `pixellm submit` goes without `--address`; `PIXELLM_LOG_LEVEL` sets
-    the log level; `TORCH_EXTENSIONS_DIR` is where torch keeps what it compiles.
+    the log level; `TORCH_EXTENSIONS_DIR` is where torch keeps what it compiles. `PIXELLM_API_KEYS` holds hashed keys of
+    a service as `serve.api_keys_file` does, `PIXELLM_API_KEY` is the key that `pixellm query` sends.
     """
     names = (
         "MLFLOW_TRACKING_URI",
+        "PIXELLM_API_KEY",
+        "PIXELLM_API_KEYS",
         "PIXELLM_LOG_LEVEL",
         "RAY_ADDRESS",
         "RAY_API_SERVER_ADDRESS",

@@ -10,7 +10,14 @@ from fastapi.responses import JSONResponse
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
-from pixellm.errors import BadRequestError, OverloadedError, PixelLMError, ServingError
+from pixellm.errors import (
+    AuthenticationError,
+    BadRequestError,
+    OverloadedError,
+    PixelLMError,
+    RateLimitedError,
+    ServingError,
+)
 
 _LOG = logging.getLogger(__name__)
 
@@ -51,7 +58,11 @@ def failure_of(error: Exception) -> tuple[int, dict[str, dict[str, str | None]],
         return error.status_code, error_body(str(error), error.status_code, param=error.param, code=error.code), {}
     if isinstance(error, OverloadedError):
         retry_after = str(max(1, math.ceil(error.retry_after_s)))
-        return 503, error_body(str(error), 503, code="overloaded"), {"Retry-After": retry_after}
+        code = "rate_limit_exceeded" if isinstance(error, RateLimitedError) else "overloaded"
+        body = error_body(str(error), error.status_code, code=code)
+        return error.status_code, body, {"Retry-After": retry_after}
+    if isinstance(error, AuthenticationError):
+        return 401, error_body(str(error), 401, code="invalid_api_key"), {"WWW-Authenticate": "Bearer"}
     if isinstance(error, ServingError):
         return error.status_code, error_body(str(error), error.status_code), {}
     if isinstance(error, ValidationError):
