@@ -226,6 +226,6 @@ def test_missing_parts_and_files_of_another_form_are_named(tmp_path: Path) -> No
 
 
 def test_an_unknown_source_names_the_nearest() -> None:
-    assert source_names() == ("coco", "muse")
+    assert {"coco", "muse"} <= set(source_names())
     with pytest.raises(ConfigError, match="no source 'cocoo'; did you mean 'coco'"):
         get_source("cocoo")

@@ -1,10 +1,15 @@
-"""What a source is, and the ledger in which a preparation writes down what it kept and what it left out, and why."""
+"""What a source is, and the ledger in which a preparation writes down what it kept and what it left out, and why.
+
+A source that derives from `PictureSource` is prepared in parallel and restarts where it stopped: `entries` reads the
+annotations once and gives each picture its share of them; `row` reads one picture, anywhere.
+"""
 
 import io
 import struct
 import zlib
+from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
@@ -175,6 +180,52 @@ class Source(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class Entry:
+    """One picture of a dataset and its share of the annotations.
+
+    Attributes:
+        label: how the ledger names it.
+        files: URIs of the files that `row` reads; when one of them changes, the picture is prepared again.
+        facts: what else `row` needs; only what JSON can hold (no tuples, no bytes, keys of text).
+    """
+
+    label: str
+    files: tuple[str, ...]
+    facts: Mapping[str, Any]
+
+
+class PictureSource(ABC):
+    """A source in two steps: `entries` once, in order, without opening a picture; `row` for each, in any process."""
+
+    name: str
+    layout: str
+
+    @abstractmethod
+    def entries(self, input_uri: str, ledger: Ledger) -> Iterator[Entry]:
+        """Yields an entry per picture in a fixed order; sets `ledger.total` before the first.
+
+        Raises:
+            DataError: a part of the layout is missing or not in its format; in strict mode, any fault.
+        """
+
+    @abstractmethod
+    def row(self, entry: Entry, ledger: Ledger) -> Row | None:
+        """The row of an entry: a function of the entry and its files alone. None: left out, as the ledger says.
+
+        Raises:
+            DataError: in strict mode, any fault; a mask outside its picture unless such masks are skipped.
+        """
+
+    def rows(self, input_uri: str, ledger: Ledger) -> Iterator[Row]:
+        """Yields the rows one by one in this process; see `Source.rows`."""
+        for entry in self.entries(input_uri, ledger):
+            ledger.looked_at_one()
+            row = self.row(entry, ledger)
+            if row is not None:
+                yield row
+
+
+@dataclass(frozen=True, slots=True)
 class Picture:
     """An encoded picture that is known to decode; sizes in pixels as displayed (EXIF orientation applied)."""
 
@@ -219,7 +270,7 @@ def _decode_to_the_end(encoded: bytes) -> tuple[int, int]:
     return (width, height) if turned else (height, width)
 
 
-def read_mask(annotation: dict[str, Any], picture: Picture, name: str, ledger: Ledger) -> tuple[Rle, Box] | None:
+def read_mask(annotation: Mapping[str, Any], picture: Picture, name: str, ledger: Ledger) -> tuple[Rle, Box] | None:
     """An annotation's mask and its box (x0, y0, x1, y1); a fault goes to the ledger and gives None."""
     rle = try_segmentation_to_rle(annotation.get("segmentation"), picture.height, picture.width)
     if isinstance(rle, MaskFault):
@@ -262,6 +313,18 @@ def license_names(licenses: object) -> dict[Any, str]:
         return {}
     entries = [entry for entry in licenses if isinstance(entry, dict)]
     return {entry.get("id"): f"{entry.get('name', '')} {entry.get('url', '')}".strip() for entry in entries}
+
+
+def licenses_by_file(uri: str) -> dict[str, str]:
+    """Licences by file name from a COCO-format file that lists the pictures; empty where there is none."""
+    if not storage.exists(uri):
+        return {}
+    content = storage.read_json(uri)
+    if not isinstance(content, dict) or not isinstance(content.get("images"), list):
+        return {}
+    names = license_names(content.get("licenses"))
+    images = [image for image in content["images"] if isinstance(image, dict)]
+    return {str(image.get("file_name")): names.get(image.get("license"), "unknown") for image in images}
 
 
 def _as_float32(box: Box) -> Box:

@@ -8,25 +8,32 @@ from typing import Any
 from pixellm.errors import DataError
 from pixellm.platform import storage
 from pixellm.platform.data.schema import SEG_MARKER, Row, RowDialogue, Target
-from pixellm.platform.data.sources.base import Ledger, Picture, license_names, read_mask, read_picture
+from pixellm.platform.data.sources.base import (
+    Entry,
+    Ledger,
+    Picture,
+    PictureSource,
+    licenses_by_file,
+    read_mask,
+    read_picture,
+)
 from pixellm.platform.masks import mask_area
 
 
 @dataclass(frozen=True, slots=True)
-class MuseSource:
+class MuseSource(PictureSource):
     """`muse.json` + `images/`; licences come from an `instances.json` beside them, where there is one."""
 
     name: str = "muse"
     layout: str = "images/ and muse.json (the released form: a list of pictures with questions and answers)"
 
-    def rows(self, input_uri: str, ledger: Ledger) -> Iterator[Row]:
-        """Yields a row per entry that keeps a dialogue, in the file's order; see `Source.rows`."""
+    def entries(self, input_uri: str, ledger: Ledger) -> Iterator[Entry]:
+        """Yields an entry per picture in the file's order; see `PictureSource.entries`."""
         entries = _read_entries(input_uri, self.layout)
-        licenses = _licenses_by_file(input_uri)
+        licenses = licenses_by_file(storage.join(input_uri, "instances.json"))
         ledger.total = len(entries)
         seen: set[str] = set()
         for number, entry in enumerate(entries):
-            ledger.looked_at_one()
             file_name = _file_name(entry)
             if file_name is None:
                 ledger.skip("entry names no picture", f"entry {number}", "wanted file_name or coco_url")
@@ -35,24 +42,29 @@ class MuseSource:
                 ledger.skip("duplicate picture", file_name)
                 continue
             seen.add(file_name)
-            uri = storage.join(input_uri, "images", file_name)
-            picture = read_picture(uri, entry.get("height"), entry.get("width"), file_name, ledger)
-            if picture is None:
-                continue
-            targets, dialogues = _Collected.of(entry, picture, file_name, ledger)
-            if not dialogues:
-                ledger.leave_out("picture keeps no question", file_name)
-                continue
-            yield Row(
-                image_id=_image_id(file_name),
-                source=self.name,
-                image=picture.encoded,
-                height=picture.height,
-                width=picture.width,
-                license=licenses.get(file_name, "unknown"),
-                targets=targets,
-                dialogues=dialogues,
-            )
+            facts = {"entry": entry, "license": licenses.get(file_name, "unknown")}
+            yield Entry(file_name, (storage.join(input_uri, "images", file_name),), facts)
+
+    def row(self, entry: Entry, ledger: Ledger) -> Row | None:
+        """The picture with its questions, if one is kept; see `PictureSource.row`."""
+        facts = entry.facts["entry"]
+        picture = read_picture(entry.files[0], facts.get("height"), facts.get("width"), entry.label, ledger)
+        if picture is None:
+            return None
+        targets, dialogues = _Collected.of(facts, picture, entry.label, ledger)
+        if not dialogues:
+            ledger.leave_out("picture keeps no question", entry.label)
+            return None
+        return Row(
+            image_id=_image_id(entry.label),
+            source=self.name,
+            image=picture.encoded,
+            height=picture.height,
+            width=picture.width,
+            license=entry.facts["license"],
+            targets=targets,
+            dialogues=dialogues,
+        )
 
 
 class _Collected:
@@ -127,18 +139,6 @@ def _read_entries(input_uri: str, layout: str) -> list[dict[str, Any]]:
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise DataError(f"{uri} is not a list of objects; --in wants {layout}")
     return entries
-
-
-def _licenses_by_file(input_uri: str) -> dict[str, str]:
-    uri = storage.join(input_uri, "instances.json")
-    if not storage.exists(uri):
-        return {}
-    content = storage.read_json(uri)
-    if not isinstance(content, dict):
-        return {}
-    names = license_names(content.get("licenses"))
-    images = [image for image in _as_list(content.get("images")) if isinstance(image, dict)]
-    return {str(image.get("file_name")): names.get(image.get("license"), "unknown") for image in images}
 
 
 def _file_name(entry: Mapping[str, Any]) -> str | None:
