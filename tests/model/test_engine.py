@@ -335,7 +335,10 @@ def test_an_engine_that_is_forgotten_ends_its_threads(micro: Any, pictures: Any)
     assert start(engine, pictures[0], max_new_tokens=5).result().stop_reason
     assert len(names()) == before + 2
     del engine
-    gc.collect()
+    deadline = time.monotonic() + 20
+    while len(names()) > before and time.monotonic() < deadline:  # a step that is running holds it a moment longer
+        gc.collect()
+        time.sleep(0.02)
     assert len(names()) == before
 
 
