@@ -47,6 +47,9 @@ class RowDialogue:
     fits it) and an empty answer, "absent" in `question` the name of a category that the picture is known to lack.
 
     The k-th `{seg}` in `answer` stands for `Row.targets[target_ids[k]]`, described by `phrases[k]`.
+
+    `turn` is its place in a conversation: 0 starts one (most have no more), k > 0 goes on from the dialogue before it
+    in the row and makes sense only after it.
     """
 
     kind: DialogueKind
@@ -54,6 +57,7 @@ class RowDialogue:
     answer: str
     target_ids: tuple[int, ...] = ()
     phrases: tuple[str, ...] = ()
+    turn: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +95,7 @@ DIALOGUE_TYPE = pa.struct(
         ("answer", pa.string()),
         ("target_ids", pa.list_(pa.int32())),
         ("phrases", pa.list_(pa.string())),
+        ("turn", pa.int32()),
     ]
 )
 
@@ -161,4 +166,5 @@ def _dialogue_from_dict(record: Mapping[str, Any]) -> RowDialogue:
         answer=record["answer"],
         target_ids=tuple(record["target_ids"]),
         phrases=tuple(record["phrases"]),
+        turn=record.get("turn") or 0,
     )
