@@ -7,7 +7,8 @@ Directories are published atomically: a reader sees the old content, the new con
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator
+import uuid
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,41 @@ def read_bytes(uri: str | Path) -> bytes:
         raise DataError(f"cannot read {uri}: {error}") from None
 
 
+def write_bytes(uri: str | Path, content: bytes) -> None:
+    """Writes a file, and the folders above it. On a local disk it appears whole or not at all.
+
+    Raises:
+        DataError: it cannot be written.
+    """
+    filesystem, path = open_filesystem(uri)
+    is_local = isinstance(filesystem, pafs.LocalFileSystem)
+    written = f"{path}.{uuid.uuid4().hex[:8]}.tmp" if is_local else path
+    try:
+        filesystem.create_dir(path.rpartition("/")[0], recursive=True)
+        with filesystem.open_output_stream(written) as sink:
+            sink.write(content)
+        if is_local:
+            filesystem.move(written, path)
+    except OSError as error:
+        raise DataError(f"cannot write {uri}: {error}; check the path and its permissions") from None
+
+
+def remove_dir(uri: str | Path, *, commit_file: str) -> None:
+    """Removes a folder that `atomic_write_dir` wrote; does nothing where there is none.
+
+    Raises:
+        DataError: the folder holds no `commit_file`, so it is not ours to remove.
+    """
+    names = list_names(uri)
+    if not names:
+        return
+    if commit_file not in names:
+        raise DataError(f"{uri} holds no {commit_file}: not removed; choose another place or remove it")
+    filesystem, path = open_filesystem(uri)
+    filesystem.delete_file(f"{path}/{commit_file}")
+    filesystem.delete_dir(path)
+
+
 def read_json(uri: str | Path) -> Any:
     """The parsed content of a JSON file.
 
@@ -140,12 +176,44 @@ def atomic_write_dir(uri: str | Path, *, commit_file: str) -> Iterator[Path]:
     try:
         yield staging_dir
         staging_dir.chmod(0o755)
-        _swap_in(staging_dir, target)
+        swap_in(staging_dir, target)
     finally:
         shutil.rmtree(staging_dir, ignore_errors=True)
 
 
-def _swap_in(staging_dir: Path, target: Path) -> None:
+@contextmanager
+def atomic_write_file(uri: str | Path) -> Iterator[Path]:
+    """Yields a local path to write; on success the file becomes `uri` in one step, after an exception nothing has.
+
+    Several processes may write the same URI at a time: one of their files stands there in the end, whole.
+    """
+    target = local_path(uri)
+    if target is None:
+        with tempfile.TemporaryDirectory(prefix="pixellm-") as staging:
+            yield Path(staging) / "file"
+            _upload_file(Path(staging) / "file", uri)
+        return
+    staged = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        yield staged
+        staged.replace(target)
+    finally:
+        staged.unlink(missing_ok=True)
+
+
+def file_stamps(uris: Sequence[str]) -> list[str]:
+    """For each file its size and time of change as text; "absent" where there is none."""
+    stamps: list[str] = []
+    for uri in uris:
+        filesystem, path = open_filesystem(uri)
+        info = filesystem.get_file_info(path)
+        is_file = info.type == pafs.FileType.File
+        stamps.append(f"{info.size} {info.mtime_ns}" if is_file else "absent")
+    return stamps
+
+
+def swap_in(staging_dir: Path, target: Path) -> None:
+    """Renames a folder to its place; an older one there is removed."""
     if not target.exists():
         staging_dir.rename(target)
         return
@@ -159,8 +227,14 @@ def _upload(folder: Path, uri: str | Path, commit_file: str) -> None:
     if commit_file in list_names(uri):
         filesystem.delete_file(f"{base}/{commit_file}")
     filesystem.create_dir(base, recursive=True)
-    files = sorted((path for path in folder.iterdir()), key=lambda path: (path.name == commit_file, path.name))
-    for path in files:
-        with path.open("rb") as source, filesystem.open_output_stream(f"{base}/{path.name}") as sink:
-            while chunk := source.read(_COPY_CHUNK_BYTES):
-                sink.write(chunk)
+    files = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    for name in sorted(files, key=lambda name: name == Path(commit_file)):
+        if name.parent != Path():
+            filesystem.create_dir(f"{base}/{name.parent.as_posix()}", recursive=True)
+        _upload_file(folder / name, join(uri, name.as_posix()))
+
+
+def _upload_file(path: Path, uri: str | Path) -> None:
+    filesystem, remote = open_filesystem(uri)
+    with path.open("rb") as source, filesystem.open_output_stream(remote) as sink:
+        shutil.copyfileobj(source, sink, _COPY_CHUNK_BYTES)
