@@ -8,8 +8,9 @@ import hashlib
 import json
 from bisect import bisect_right
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -78,24 +79,111 @@ def write_shards(
     Raises:
         DataError: there is not a single row, or `uri` holds something that is no dataset.
     """
-    counts: Counter[str] = Counter()
-    licenses: Counter[str] = Counter()
+    tally = Tally()
+    waiting = iter(rows)
+    parts: list[PartInfo] = []
     with storage.atomic_write_dir(uri, commit_file=DATASET_FILE) as folder:
-        parts = _write_parts(_counted(rows, counts, licenses), folder, rows_per_part)
-        if not parts:
-            raise DataError(f"nothing to write to {uri}: no row was kept; see the reasons in the report")
-        info = DatasetInfo(
-            name=name,
-            version=version,
-            schema_version=SCHEMA_VERSION,
-            digest=_digest_of(parts),
-            counts=dict(sorted(counts.items())),
-            licenses=dict(sorted(licenses.items())),
-            parts=tuple(parts),
-            notes=json.loads(json.dumps(notes or {})),
+        while part := write_part(islice(waiting, rows_per_part), folder / part_name(len(parts)), tally):
+            parts.append(part)
+        return write_description(folder, parts, tally, name=name, version=version, notes=notes, shown_uri=uri)
+
+
+@dataclass(slots=True)
+class Tally:
+    """Running totals over written rows: what they hold, and their licences."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    licenses: Counter[str] = field(default_factory=Counter)
+
+    def add(self, row: Row) -> None:
+        """Counts one row."""
+        self.counts["rows"] += 1
+        self.counts["targets"] += sum(not target.is_ignore for target in row.targets)
+        self.counts["ignore_regions"] += sum(target.is_ignore for target in row.targets)
+        self.counts.update(f"{dialogue.kind}_dialogues" for dialogue in row.dialogues)
+        self.licenses[row.license] += 1
+
+    def merge(self, other: "Tally") -> None:
+        """Adds another's totals."""
+        self.counts.update(other.counts)
+        self.licenses.update(other.licenses)
+
+
+def part_name(number: int) -> str:
+    """File name of a part."""
+    return f"part-{number:05d}.parquet"
+
+
+def write_part(rows: Iterable[Row], uri: str | Path, tally: Tally) -> PartInfo | None:
+    """Writes rows as one Parquet file, in one step, holding one row group of them in memory.
+
+    Args:
+        rows: consumed once, in the order they are stored in.
+        uri: of the file.
+        tally: counts them.
+
+    Returns:
+        The file's description; None, and no file, where there is no row.
+    """
+    batches = _batches(iter(rows), ROW_GROUP_ROWS)
+    batch = next(batches, None)
+    if batch is None:
+        return None
+    written = 0
+    with storage.atomic_write_file(uri) as path:
+        with _open_writer(path) as writer:
+            while batch is not None:
+                writer.write_table(rows_to_table(batch), row_group_size=ROW_GROUP_ROWS)
+                written += len(batch)
+                for row in batch:
+                    tally.add(row)
+                batch = next(batches, None)
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return PartInfo(str(uri).rpartition("/")[2], written, path.stat().st_size, digest)
+
+
+def write_description(
+    folder_uri: str | Path,
+    parts: Sequence[PartInfo],
+    tally: Tally,
+    *,
+    name: str,
+    version: str = "1",
+    notes: Mapping[str, Any] | None = None,
+    shown_uri: str | Path | None = None,
+) -> DatasetInfo:
+    """Writes `dataset.json` beside its parts.
+
+    Args:
+        folder_uri: where the parts are.
+        parts: in order.
+        tally: over their rows.
+        name: of the dataset.
+        version: of the dataset, free text.
+        notes: further content.
+        shown_uri: how an error names the place.
+
+    Raises:
+        DataError: there is no part.
+    """
+    if not parts:
+        raise DataError(
+            f"nothing to write to {shown_uri or folder_uri}: no row was kept; see the reasons in the report"
         )
-        text = json.dumps(info.to_json_dict(), indent=1, ensure_ascii=False)
-        (folder / DATASET_FILE).write_text(text + "\n", encoding="utf-8")
+    info = DatasetInfo(
+        name=name,
+        version=version,
+        schema_version=SCHEMA_VERSION,
+        digest=_digest_of(parts),
+        counts=dict(sorted(tally.counts.items())),
+        licenses=dict(sorted(tally.licenses.items())),
+        parts=tuple(parts),
+        notes=json.loads(json.dumps(notes or {})),
+    )
+    text = json.dumps(info.to_json_dict(), indent=1, ensure_ascii=False)
+    with storage.atomic_write_file(storage.join(folder_uri, DATASET_FILE)) as path:
+        path.write_text(text + "\n", encoding="utf-8")
     return info
 
 
@@ -170,6 +258,14 @@ class ShardedDataset:
                 for record in self._read(part, group, columns).to_pylist():
                     yield row_from_dict(record)
 
+    def column_tables(self, columns: list[str]) -> Iterator[pa.Table]:
+        """Each part in turn as a table of some columns ("targets.list.element.area" for one field), all its rows."""
+        for part in range(len(self.info.parts)):
+            try:
+                yield self._file(part).read(columns=columns, use_threads=False)
+            except (OSError, pa.ArrowException) as error:
+                raise self._damaged(part, error) from None
+
     def verify(self) -> None:
         """Reads every part and compares it with its digest.
 
@@ -213,37 +309,6 @@ class ShardedDataset:
         return DataError(f"cannot read {self.uri}/{self.info.parts[part].name}: {error}; prepare the data again")
 
 
-def _counted(rows: Iterable[Row], counts: Counter[str], licenses: Counter[str]) -> Iterator[Row]:
-    for row in rows:
-        counts["rows"] += 1
-        counts["targets"] += sum(not target.is_ignore for target in row.targets)
-        counts["ignore_regions"] += sum(target.is_ignore for target in row.targets)
-        for dialogue in row.dialogues:
-            counts[f"{dialogue.kind}_dialogues"] += 1
-        licenses[row.license] += 1
-        yield row
-
-
-def _write_parts(rows: Iterator[Row], folder: Path, rows_per_part: int) -> list[PartInfo]:
-    parts: list[PartInfo] = []
-    writer: pq.ParquetWriter | None = None
-    path, written = folder, 0
-    for batch in _batches(rows, ROW_GROUP_ROWS):
-        if writer is None:
-            path, written = folder / f"part-{len(parts):05d}.parquet", 0
-            writer = _open_writer(path)
-        writer.write_table(rows_to_table(batch), row_group_size=ROW_GROUP_ROWS)
-        written += len(batch)
-        if written >= rows_per_part:
-            writer.close()
-            writer = None
-            parts.append(_describe(path, written))
-    if writer is not None:
-        writer.close()
-        parts.append(_describe(path, written))
-    return parts
-
-
 def _open_writer(path: Path) -> pq.ParquetWriter:
     """Pictures are stored as they are (they are compressed already), everything else with zstd."""
     compression = {name: "none" if name == "image" else "zstd" for name in _leaf_columns(SCHEMA)}
@@ -266,11 +331,6 @@ def _batches(rows: Iterator[Row], size: int) -> Iterator[list[Row]]:
             batch = []
     if batch:
         yield batch
-
-
-def _describe(path: Path, rows: int) -> PartInfo:
-    content = path.read_bytes()
-    return PartInfo(path.name, rows, len(content), hashlib.sha256(content).hexdigest())
 
 
 def _digest_of(parts: Iterable[PartInfo]) -> str:
