@@ -149,9 +149,15 @@ def count_flops(name: str, *, text_tokens: int = TEXT_TOKENS, num_targets: int =
         if name in _LISA_LANGUAGE:
             parts = _lisa(_LISA_LANGUAGE[name], text_tokens, num_targets)
         else:
-            parts = _pixellm(name, text_tokens, num_targets)
+            parts = _pixellm(PixelLMConfig.from_preset(name), text_tokens, num_targets)
         tflops = {part: _count(run) for part, run in parts.items()}
     return FlopsReport(name, tflops, text_tokens, num_targets)
+
+
+def forward_tflops(config: PixelLMConfig, *, text_tokens: int, num_targets: int) -> dict[str, float]:
+    """Operations of one forward pass by part, in 10¹², of a network of any sizes; arguments as of `compare_flops`."""
+    with torch.device("meta"), torch.no_grad():
+        return {part: _count(run) for part, run in _pixellm(config, text_tokens, num_targets).items()}
 
 
 def _count(run: Callable[[], object]) -> float:
@@ -160,8 +166,7 @@ def _count(run: Callable[[], object]) -> float:
     return counter.get_total_flops() / 1e12
 
 
-def _pixellm(preset: str, text_tokens: int, num_targets: int) -> dict[str, Callable[[], object]]:
-    config = PixelLMConfig.from_preset(preset)
+def _pixellm(config: PixelLMConfig, text_tokens: int, num_targets: int) -> dict[str, Callable[[], object]]:
     model = PixelLMForConditionalGeneration(config).eval()
     side, grid = config.image_size, config.patch_grid
     pixels, valid = torch.zeros(1, 3, side, side), torch.ones(1, grid, grid, dtype=torch.bool)

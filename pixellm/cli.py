@@ -143,9 +143,18 @@ def train(
     context: typer.Context,
     config: Config = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="start anew instead of resuming the run of this name")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="print parameters, memory, steps and time; start nothing")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Trains as a recipe says. Ctrl-C leaves a checkpoint; the same command goes on from it."""
+    if dry_run:
+        from pixellm.jobs.train.plan import plan_training
+
+        plan = plan_training(_settings(config, context))
+        _print(plan.to_json_dict(), plan.to_text(), as_json)
+        return
     from pixellm.jobs.train.run import train as run_training
 
     result = run_training(_settings(config, context), fresh=fresh)

@@ -9,13 +9,16 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 import pixellm
 from pixellm.errors import ConfigError
+
+
+_MAX_EXTENDS = 8
 
 
 class _Section(BaseModel):
@@ -64,11 +67,31 @@ class LoraSettings(_Section):
     target_modules: tuple[str, ...] = ("q_proj", "v_proj")
 
 
+class ValidationSettings(_Section):
+    """Held-out questions asked while training goes on, with the true answers given. Off where `every` is None."""
+
+    every: int | None = Field(None, ge=1, description="optimiser steps between validations")
+    uri: str | None = Field(None, description="held-out shards; None: `evaluate.uri`")
+    suite: Literal["segmentation", "muse"] = Field("muse", description="kind of questions asked of `uri`")
+    limit: int = Field(64, ge=1, description="questions at most")
+    num_pictures: int = Field(4, ge=0, description="answers drawn")
+    metric: Literal["giou", "ciou", "text_loss"] = Field("giou", description="by which checkpoints are compared")
+    keep_best: int = Field(0, ge=0, description="best checkpoints kept beside the last ones")
+    patience: int | None = Field(None, ge=1, description="validations without improvement after which training ends")
+    min_improvement: float = Field(0.0, ge=0, description="a smaller change of the metric is none")
+    finish_with_best: bool = Field(False, description="the finished model is the best checkpoint, not the last one")
+
+
+PARTS = ("vision", "projectors", "language", "lora", "embeddings", "codebook", "decoder", "neck")
+
+
 class TrainSettings(_Section):
     """The training job. Defaults are the released hyper-parameters where the recipe says nothing."""
 
     output_dir: str = "runs"
-    num_workers: int = Field(2, ge=1)
+    num_workers: Annotated[int, Field(ge=1)] | tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] = Field(
+        2, description="workers, or [least, most]: goes on with fewer when a node is lost and grows back"
+    )
     use_gpu: bool = False
     threads_per_worker: int = Field(1, ge=1)
     worker_cpus: float = Field(1.0, gt=0, description="logical CPUs of one worker; less where the cluster is too small")
@@ -76,10 +99,15 @@ class TrainSettings(_Section):
     micro_batch_size: int = Field(2, ge=1, description="questions per worker and forward pass")
     grad_accumulation: int = Field(10, ge=1)
     lr: float = Field(3e-4, gt=0)
+    lr_scale: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        default_factory=dict, description="part → factor on `lr`, e.g. {decoder: 2.0}; parts not named have 1"
+    )
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = Field(0.0, ge=0)
     warmup_steps: int = Field(100, ge=0)
     clip_norm: float = Field(1.0, gt=0)
+    ema_decay: float | None = Field(None, gt=0, lt=1, description="moving average of weights; it is the finished model")
+    max_skipped_steps: int = Field(3, ge=1, description="steps in a row left out as not finite before training stops")
     precision: Literal["fp32", "bf16"] = "bf16"
     zero_stage: int = Field(2, ge=0, le=3)
     offload_optimizer: bool = False
@@ -89,12 +117,51 @@ class TrainSettings(_Section):
     train_language: bool = Field(False, description="train all language model weights (from-scratch recipes)")
     checkpoint_every: int = Field(500, ge=1, description="optimiser steps between checkpoints")
     keep_last: int = Field(2, ge=1)
+    checkpoint_uri: str | None = Field(None, description="where checkpoints are also kept (s3://, gs://, a path)")
     max_failures: int = Field(2, ge=0, description="restarts of the worker group after a fault")
+    resize_check_s: float = Field(60, gt=0, description="how often an elastic group looks for room to grow")
+    validation: ValidationSettings = ValidationSettings()
+
+    @property
+    def min_workers(self) -> int:
+        """The fewest workers that the run goes on with."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
+
+    @property
+    def max_workers(self) -> int:
+        """The workers that the run wants."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
+
+    @property
+    def is_elastic(self) -> bool:
+        """Whether the number of workers may change while the run goes on."""
+        return self.min_workers < self.max_workers
 
     @property
     def global_batch_size(self) -> int:
-        """Questions per optimiser step over all workers."""
-        return self.num_workers * self.micro_batch_size * self.grad_accumulation
+        """Questions per optimiser step over all workers, however many there are at the moment."""
+        return self.max_workers * self.micro_batch_size * self.grad_accumulation
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "TrainSettings":
+        if self.min_workers > self.max_workers:
+            raise ValueError(f"num_workers is [least, most], got {list(self.num_workers)}")  # type: ignore[arg-type]
+        micro_batches = self.max_workers * self.grad_accumulation
+        uneven = [count for count in range(self.min_workers, self.max_workers) if micro_batches % count]
+        if uneven:
+            raise ValueError(
+                f"the {micro_batches} micro-batches of a step cannot be shared equally by {uneven[0]} workers; raise "
+                "grad_accumulation so that every number of workers in num_workers divides it, or narrow num_workers"
+            )
+        unknown = sorted(set(self.lr_scale) - set(PARTS))
+        if unknown:
+            raise ValueError(f"lr_scale names {unknown[0]!r}; parts are {', '.join(PARTS)}")
+        chosen = self.validation
+        if chosen.every is None and (chosen.keep_best or chosen.patience or chosen.finish_with_best):
+            raise ValueError("validation.keep_best, patience and finish_with_best need validation.every")
+        if chosen.finish_with_best and not chosen.keep_best:
+            raise ValueError("validation.finish_with_best needs validation.keep_best of at least 1")
+        return self
 
 
 class EvaluateSettings(_Section):
@@ -105,6 +172,18 @@ class EvaluateSettings(_Section):
     mode: Literal["generated", "forced"] = Field("generated", description="answers generated, or targets given")
     limit: int | None = Field(None, ge=1, description="questions at most")
     batch_size: int = Field(8, ge=1)
+
+
+class PlanSettings(_Section):
+    """What `pixellm train --dry-run` reckons with."""
+
+    device_gb: float | None = Field(
+        None, gt=0, description="memory of one GPU in 10⁹ bytes; None: 80, on CPU the host's"
+    )
+    peak_tflops: float | None = Field(None, gt=0, description="of one device; None: 312 (A100, bf16), on CPU unknown")
+    mfu: float = Field(0.35, gt=0, le=1, description="share of the peak that training reaches")
+    text_tokens: int = Field(200, ge=1, description="text positions of an average sample")
+    targets: int = Field(3, ge=1, description="masks of an average sample")
 
 
 class TrackingSettings(_Section):
@@ -183,6 +262,7 @@ class Settings(_Section):
     model: ModelSettings = ModelSettings()
     data: DataSettings = DataSettings()
     train: TrainSettings = TrainSettings()
+    plan: PlanSettings = PlanSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
     tracking: TrackingSettings = TrackingSettings()
     registry: RegistrySettings = RegistrySettings()
@@ -209,7 +289,8 @@ def load_settings(path: str | Path | None = None, overrides: Sequence[str] = ())
 
     Args:
         path: YAML file, or the name of a recipe that comes with the package: `tiny`, `tiny.yaml`, `recipes/tiny.yaml`
-            (a file of that name in the working directory goes first); None means all defaults.
+            (a file of that name in the working directory goes first); None means all defaults. A file may begin with
+            `extends: other.yaml` and then says only what differs.
         overrides: `a.b=value` (a leading `--` is allowed); the value is read as YAML: `1e-4`, `[a, b]`, `true`.
 
     Returns:
@@ -236,10 +317,10 @@ def find_recipe(path: str | Path) -> Path:
         A path; it exists unless neither does, then it is the one given.
     """
     given = Path(path)
-    is_package_name = given.parent in (Path(), Path("recipes"))
-    if given.exists() or not is_package_name:
+    inside = given.relative_to("recipes") if given.is_relative_to("recipes") else given
+    if given.exists() or inside.is_absolute() or inside.parent not in (Path(), Path("ablations")):
         return given
-    packaged = _recipe_folder() / given.with_suffix(".yaml").name
+    packaged = _recipe_folder() / inside.parent / f"{inside.stem}.yaml"
     return packaged if packaged.is_file() else given
 
 
@@ -272,7 +353,7 @@ def _recipe_folder() -> Path:
     return Path(pixellm.__file__).parent / "recipes"
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def _read_yaml(path: Path, children: tuple[Path, ...] = ()) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
@@ -294,7 +375,21 @@ def _read_yaml(path: Path) -> dict[str, Any]:
             f"{path} holds a {type(tree).__name__}, wanted a mapping of sections (model:, data:, train:, …)"
         )
     # A section whose lines are all commented out reads as null.
-    return {key: value for key, value in tree.items() if value is not None}
+    tree = {key: value for key, value in tree.items() if value is not None}
+    if (parent := tree.pop("extends", None)) is None:
+        return tree
+    if len(children) > _MAX_EXTENDS:
+        raise ConfigError(f"{path} extends itself, by way of {', '.join(child.name for child in children)}")
+    return _merged(_read_yaml(path.parent / str(parent), (*children, path)), tree)
+
+
+def _merged(tree: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """Sections are merged, every other value is replaced."""
+    merged = dict(tree)
+    for key, value in changes.items():
+        below = merged.get(key)
+        merged[key] = _merged(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+    return merged
 
 
 def _lay_over(tree: dict[str, Any], override: str) -> None:

@@ -63,20 +63,21 @@ def worker_cpus(settings: Settings, total_cpus: float) -> float:
     """Logical CPUs that each worker asks for, so that every rank's reading tasks still find room.
 
     Args:
-        settings: `train.worker_cpus` is the most that is asked for.
+        settings: `train.worker_cpus` is the most that is asked for. An elastic group asks for just that: what the
+            cluster has now says nothing about what it has later.
         total_cpus: of the cluster.
 
     Raises:
-        ClusterError: the workers and one reading task each do not fit.
+        ClusterError: the workers (the fewest that are wanted) and one reading task each do not fit.
     """
     train, task_cpus = settings.train, settings.data.task_cpus
-    room = total_cpus / train.num_workers - task_cpus
-    if room < _LEAST_WORKER_CPUS:
+    room = total_cpus / train.min_workers - task_cpus
+    if room < (train.worker_cpus if train.is_elastic else _LEAST_WORKER_CPUS):
         raise ClusterError(
-            f"the cluster has {total_cpus:g} logical CPUs; {train.num_workers} workers with a reading task of "
+            f"the cluster has {total_cpus:g} logical CPUs; {train.min_workers} workers with a reading task of "
             f"{task_cpus:g} each do not fit: lower train.num_workers or data.task_cpus, or raise cluster.num_cpus"
         )
-    return min(train.worker_cpus, math.floor(100 * room) / 100)
+    return train.worker_cpus if train.is_elastic else min(train.worker_cpus, math.floor(100 * room) / 100)
 
 
 def _trainer(spec: WorkerSpec) -> Any:
@@ -88,9 +89,9 @@ def _trainer(spec: WorkerSpec) -> Any:
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     settings, train = spec.settings, spec.settings.train
     resources = ray.cluster_resources()
-    if train.use_gpu and resources.get("GPU", 0) < train.num_workers:
+    if train.use_gpu and resources.get("GPU", 0) < train.min_workers:
         raise ClusterError(
-            f"the cluster has {resources.get('GPU', 0):g} GPUs, the recipe wants {train.num_workers}; lower "
+            f"the cluster has {resources.get('GPU', 0):g} GPUs, the recipe wants {train.min_workers}; lower "
             "train.num_workers, or set train.use_gpu=false"
         )
     cpus = worker_cpus(settings, float(resources.get("CPU", 0)))
@@ -99,7 +100,8 @@ def _trainer(spec: WorkerSpec) -> Any:
         train_loop_config={"spec": spec},
         torch_config=TorchConfig(backend="nccl" if train.use_gpu else "gloo"),
         scaling_config=ScalingConfig(
-            num_workers=train.num_workers,
+            num_workers=(train.min_workers, train.max_workers) if train.is_elastic else train.max_workers,
+            elastic_resize_monitor_interval_s=train.resize_check_s,
             use_gpu=train.use_gpu,
             resources_per_worker={"CPU": cpus} | _gpu(train.use_gpu),
         ),

@@ -199,7 +199,7 @@ def _with_room(settings: Settings) -> ClusterSettings:
     chosen = settings.cluster
     if chosen.num_cpus is not None:
         return chosen
-    wanted = settings.train.num_workers * (settings.train.worker_cpus + settings.data.task_cpus)
+    wanted = settings.train.max_workers * (settings.train.worker_cpus + settings.data.task_cpus)
     return chosen.model_copy(update={"num_cpus": max(os.cpu_count() or 1, math.ceil(wanted))})
 
 

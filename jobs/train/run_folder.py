@@ -27,7 +27,7 @@ State = Literal["new", "running", "interrupted", "failed", "trained", "finished"
 _STATE_FILE = "run.json"
 _LOCK_FILE = ".lock"
 #: What may differ between the parts of one run: where and how fast it runs, not what it computes.
-_FREE_SECTIONS = ("evaluate", "tracking", "registry", "serve", "cluster")
+_FREE_SECTIONS = ("plan", "evaluate", "tracking", "registry", "serve", "cluster")
 _FREE_TRAIN_KEYS = (
     "output_dir",
     "num_workers",
@@ -40,6 +40,10 @@ _FREE_TRAIN_KEYS = (
     "gradient_checkpointing",
     "checkpoint_every",
     "keep_last",
+    "checkpoint_uri",
+    "max_skipped_steps",
+    "resize_check_s",
+    "validation",
     "max_failures",
 )
 _FREE_DATA_KEYS = ("block_size", "task_cpus")
