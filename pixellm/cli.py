@@ -95,7 +95,8 @@ def data_prepare(
     ] = False,
     samples: Annotated[int | None, typer.Option("--samples", help="shapes: pictures to generate")] = None,
     seed: Annotated[int | None, typer.Option("--seed", help="shapes: another seed gives other pictures")] = None,
-    split: Annotated[str | None, typer.Option("--split", help="shapes: train, val or val_unseen")] = None,
+    split: Annotated[str | None, typer.Option("--split", help="train, val, …: as the source names its splits")] = None,
+    split_by: Annotated[str | None, typer.Option("--split-by", help="refcoco…: unc, umd or google")] = None,
     shuffle_questions: Annotated[
         bool, typer.Option("--shuffle-questions", help="shapes: every answer under another picture's question")
     ] = False,
@@ -104,7 +105,8 @@ def data_prepare(
     """Public dataset → Parquet shards, with counts of what was kept and skipped."""
     from pixellm.jobs.prepare import prepare
 
-    given = {"samples": samples, "seed": seed, "split": split, "shuffle_questions": shuffle_questions or None}
+    given = {"samples": samples, "seed": seed, "split": split, "split_by": split_by}
+    given |= {"shuffle_questions": shuffle_questions or None}
     report = prepare(
         source,
         input_dir,

@@ -154,7 +154,7 @@ def test_preparing_twice_gives_byte_identical_shards_without_any_input(tmp_path:
 def test_wrong_options_are_refused_in_words() -> None:
     with pytest.raises(ConfigError, match="no split 'test'; wanted one of train, val, val_unseen"):
         prepare("shapes", None, "unused", options={"split": "test"})
-    with pytest.raises(ConfigError, match="--samples is for generated sources; coco"):
+    with pytest.raises(ConfigError, match="--samples does not belong to coco, which takes no option"):
         prepare("coco", "somewhere", "unused", options={"samples": 3})
     with pytest.raises(ConfigError, match="give --in with images/ and instances"):
         prepare("coco", None, "unused")

@@ -2,13 +2,16 @@
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 from pixellm.errors import ConfigError
 from pixellm.platform.data.sources.base import Source
 from pixellm.platform.data.sources.coco import CocoSource
+from pixellm.platform.data.sources.llava import LlavaInstructSource
 from pixellm.platform.data.sources.muse import MuseSource
+from pixellm.platform.data.sources.reasonseg import ReasonSegSource
+from pixellm.platform.data.sources.refer import refer_sources
 from pixellm.platform.data.sources.shapes import ShapesSource
 
 
@@ -37,19 +40,28 @@ def is_generated(source: Source) -> bool:
 
 
 def with_options(source: Source, options: Mapping[str, Any]) -> Source:
-    """A generating source that makes what the options say (`ShapesSource`'s arguments).
+    """The source with its options (its fields besides `name` and `layout`) set, e.g. `{"split": "val"}`.
 
     Raises:
-        ConfigError: the source reads files and takes no options, or a value is out of range.
+        ConfigError: the source has no such option, or a value is out of range.
     """
     if not options:
         return source
-    if not isinstance(source, ShapesSource):
-        names = ", ".join(f"--{name.replace('_', '-')}" for name in options)
-        raise ConfigError(f"{names} is for generated sources; {source.name} is read from --in as it is")
+    known = {field.name for field in fields(source)} - {"name", "layout"} if is_dataclass(source) else set[str]()
+    strange = ", ".join(f"--{name.replace('_', '-')}" for name in options if name not in known)
+    if strange or not is_dataclass(source):
+        own = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(known)) or "no option"
+        raise ConfigError(f"{strange} does not belong to {source.name}, which takes {own}")
     return replace(source, **options)
 
 
 def _sources() -> dict[str, Source]:
-    sources: tuple[Source, ...] = (CocoSource(), MuseSource(), ShapesSource())
+    sources: tuple[Source, ...] = (
+        CocoSource(),
+        MuseSource(),
+        ShapesSource(),
+        LlavaInstructSource(),
+        ReasonSegSource(),
+        *refer_sources(),
+    )
     return {source.name: source for source in sources}
