@@ -1,6 +1,7 @@
 """The registry as commands and jobs use it: register a trained model, list, show, promote, roll back."""
 
 import io
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -9,6 +10,7 @@ from typing import Any
 
 from PIL import Image
 
+import pixellm.platform.data
 from pixellm.platform import registry
 from pixellm.platform.gate import Gate
 from pixellm.platform.registry import ModelVersion, Promotion
@@ -16,6 +18,9 @@ from pixellm.platform.settings import TrackingSettings
 from pixellm.platform.tracking import RunReference, Tracker
 
 _DEFAULT = TrackingSettings()
+_GOLDEN_PHOTO, _GOLDEN_QUESTION = "000000196393.jpg", "Segment the cat, the bird and the bowl."
+_LARGEST_CPU_WEIGHTS_BYTES = 4 * 2**30
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -105,6 +110,8 @@ def register_model(
 ) -> ModelVersion:
     """Registers a model folder as a new version that answers questions by itself, with the alias `candidate`.
 
+    A golden example is asked of it first and kept in the folder: a service asks it again before the version serves.
+
     Args:
         model_dir: what `from_pretrained` reads.
         run: the run that the model comes from.
@@ -116,6 +123,7 @@ def register_model(
         ModelLoadError: `model_dir` is not a model folder.
         TrackingError: the store refused.
     """
+    _keep_golden_example(Path(model_dir))
     return registry.register_model(
         model_dir,
         run,
@@ -176,6 +184,30 @@ def rollback(name: str, tracking: TrackingSettings = _DEFAULT) -> VersionReport:
         TrackingError: no such model, or nothing to go back to.
     """
     return VersionReport(registry.rollback(name, tracking))
+
+
+def _keep_golden_example(folder: Path) -> None:
+    """Asks the model about a photograph and keeps the answer; left out where loading it here would be reckless."""
+    import torch  # slow, here and below
+
+    from pixellm.model.engine import PixelLMEngine
+    from pixellm.model.engine.golden_example import write_golden_example
+
+    weights_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if not weights_bytes or (device == "cpu" and weights_bytes > _LARGEST_CPU_WEIGHTS_BYTES):
+        _log.warning("%s gets no golden example: its weights are absent or too large to load here", folder)
+        return
+    with PixelLMEngine.from_pretrained(folder, device=device, max_batch_size=1) as engine:
+        write_golden_example(folder, engine, _golden_picture(), _GOLDEN_QUESTION)
+
+
+def _golden_picture() -> bytes:
+    photo = Path(pixellm.platform.data.__file__).parent / "demo" / "images" / _GOLDEN_PHOTO
+    encoded = io.BytesIO()
+    with Image.open(photo) as image:
+        image.resize((image.width // 2, image.height // 2)).save(encoded, format="PNG")
+    return encoded.getvalue()
 
 
 def _signature() -> Any:

@@ -7,7 +7,7 @@ again. A stream is sent again only while nothing of it has reached the client.
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import suppress
+from contextlib import aclosing, suppress
 from typing import Any, Protocol
 
 from ray.exceptions import RayActorError, RayError, RayTaskError, TaskCancelledError, WorkerCrashedError
@@ -76,6 +76,10 @@ class ReplicaBackend:
             RequestTimeoutError: no answer within `request_timeout_s`.
             ServingError: replicas died `max_retries + 1` times under it.
         """
+        with self._metrics.open_questions.track_inprogress():
+            return await self._answer(question)
+
+    async def _answer(self, question: Question) -> Answer:
         loop = asyncio.get_running_loop()
         start = loop.time()
         deadline = start + self._settings.request_timeout_s
@@ -103,7 +107,13 @@ class ReplicaBackend:
             As `answer`; also ServingError when the replica died after the first event.
         """
         deadline = asyncio.get_running_loop().time() + self._settings.request_timeout_s
-        response, events = await self._opened(question, deadline)
+        with self._metrics.open_questions.track_inprogress():
+            response, events = await self._opened(question, deadline)
+            async with aclosing(self._events(response, events, deadline)) as all_events:
+                async for event in all_events:
+                    yield event
+
+    async def _events(self, response: Any, events: Sequence[Event], deadline: float) -> AsyncGenerator[Event, None]:
         try:
             while True:
                 for event in events:

@@ -8,6 +8,7 @@ import logging
 import re
 import socket
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -58,16 +59,20 @@ def start_serve(host: str, port: int) -> bool:
     return True
 
 
-def run_application(application: Any, app_name: str) -> None:
-    """Hands an application to Serve without waiting for it.
+def run_applications(applications: Sequence[tuple[Any, str, str | None]]) -> None:
+    """Hands applications to Serve without waiting for them.
+
+    Args:
+        applications: (application, its name, its route; None where only handles reach it).
 
     Raises:
-        ServingError: Serve refuses it (another application has the route).
+        ServingError: Serve refuses them (another application has the route).
     """
     from ray.serve.api import RunTarget, run_many
 
+    targets = [RunTarget(application, name=name, route_prefix=route) for application, name, route in applications]
     try:
-        run_many([RunTarget(application, name=app_name, route_prefix="/")], wait_for_applications_running=False)
+        run_many(targets, wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
     except RuntimeError as error:
         raise ServingError(f"Ray Serve did not take the application: {str(error).splitlines()[0]}") from None
 
@@ -87,7 +92,7 @@ def wait_until_running(app_name: str, settings: ServeSettings, deadline: float) 
         if state == "RUNNING":
             return
         if application is not None and state in ("DEPLOY_FAILED", "UNHEALTHY"):
-            raise _deployment_error(application)
+            raise deployment_error(application)
         if time.monotonic() > deadline:
             raise ServingError(
                 f"the service was not up after {settings.start_timeout_s:g} s (serve.start_timeout_s); a replica asks "
@@ -96,7 +101,7 @@ def wait_until_running(app_name: str, settings: ServeSettings, deadline: float) 
         time.sleep(_POLL_S)
 
 
-def _deployment_error(application: Any) -> PixelLMError:
+def deployment_error(application: Any) -> PixelLMError:
     """The replica's own exception out of Serve's report, as one line of its own kind."""
     messages = [str(deployment.message) for deployment in application.deployments.values() if deployment.message]
     text = "\n".join([str(application.message), *messages])
@@ -138,7 +143,7 @@ def wait_until_it_answers(url: str, deadline: float) -> None:
 
 
 def take_down(app_name: str, owns_serve: bool, host: str, port: int) -> None:
-    """Ends the application, open requests first, and Serve with it where this process started it.
+    """Ends the application, open requests first, then its engines, and Serve where this process started it.
 
     When it returns in the second case, nothing listens at `host:port` any more.
     """
@@ -146,6 +151,8 @@ def take_down(app_name: str, owns_serve: bool, host: str, port: int) -> None:
 
     with suppress(TimeoutError):  # a request that does not end: Serve kills its replica after the graceful time
         serve.delete(app_name)
+        for engines in [name for name in serve.status().applications if name.startswith(f"{app_name}.")]:
+            serve.delete(engines)
     if not owns_serve:
         return
     _shut_serve_down()

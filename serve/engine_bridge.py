@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+import uuid
 from collections.abc import AsyncGenerator
 from contextlib import suppress
 from typing import cast
@@ -22,10 +23,21 @@ from pixellm.model.engine import (
     TargetMask,
     TextDelta,
 )
+from pixellm.model.engine.golden_example import check_golden_example
 from pixellm.platform import registry
 from pixellm.platform.settings import ServeSettings, TrackingSettings
 from pixellm.serve.model_card import ModelCard
-from pixellm.serve.protocol import Answer, Event, Question, Refusal, Rle, Started, TargetPart, TextPart
+from pixellm.serve.protocol import (
+    Answer,
+    EngineReport,
+    Event,
+    Question,
+    Refusal,
+    Rle,
+    Started,
+    TargetPart,
+    TextPart,
+)
 from pixellm.serve.stall_watch import StallWatch
 
 _LENGTH_REASONS = ("max_new_tokens", "context_full")
@@ -41,16 +53,19 @@ class EngineBridge:
         tracking: the registry that `card.reference` is looked up in.
 
     Raises:
-        ModelLoadError: the model does not load, or does not answer a first question.
+        ModelLoadError: the model does not load, or does not answer its golden example as stored.
     """
 
     def __init__(self, card: ModelCard, settings: ServeSettings, tracking: TrackingSettings) -> None:
+        started_s = time.monotonic()
         torch.set_num_threads(settings.threads_per_replica)
         device = "cuda" if settings.replica_gpus > 0 and torch.cuda.is_available() else "cpu"
         self._engine = _load(card, settings, tracking, device)
         self._version = card.version
         self._timeout_s = settings.request_timeout_s
-        self._stall_watch = StallWatch(settings.request_timeout_s)
+        self._stall_watch = StallWatch(settings.stall_timeout_s)
+        self._name = uuid.uuid4().hex[:8]
+        self._load_s = time.monotonic() - started_s
 
     async def answer(self, question: Question) -> Answer | Refusal:
         """The whole answer, or why not."""
@@ -101,7 +116,7 @@ class EngineBridge:
         """Judges the engine's progress.
 
         Raises:
-            ServingError: the engine has had questions to answer and made no step for `request_timeout_s`.
+            ServingError: the engine has had questions to answer and made no step for `stall_timeout_s`.
         """
         stats = self._engine.stats()
         is_busy = stats.running + stats.waiting > 0
@@ -125,7 +140,12 @@ class EngineBridge:
             stop=question.stop,
         )
         return SegmentRequest(
-            question.image_bytes, question.prompt, options, question.history, timeout_s=self._timeout_s
+            question.image_bytes,
+            question.prompt,
+            options,
+            question.history,
+            client=question.caller,
+            timeout_s=self._timeout_s,
         )
 
     def _event(self, event: StreamEvent | PixelLMError) -> Event:
@@ -151,6 +171,19 @@ class EngineBridge:
             timings_s={phase: round(seconds, 6) for phase, seconds in result.timings_s.items()},
             finish_reason="length" if result.stop_reason in _LENGTH_REASONS else "stop",
             dropped=result.dropped,
+            engine=self._report(),
+        )
+
+    def _report(self) -> EngineReport:
+        stats = self._engine.stats()
+        return EngineReport(
+            replica=self._name,
+            running=stats.running,
+            waiting=stats.waiting,
+            picture_hits=stats.picture_hits,
+            picture_misses=stats.picture_misses,
+            picture_cache_bytes=stats.picture_cache_bytes,
+            load_s=self._load_s,
         )
 
 
@@ -181,13 +214,17 @@ def _refusal(error: PixelLMError) -> Refusal:
 
 
 def _load(card: ModelCard, settings: ServeSettings, tracking: TrackingSettings, device: str) -> PixelLMEngine:
-    """Loads the engine and asks one small question: a model that cannot answer is never put into service."""
+    """Loads the engine and asks its golden example, or where there is none one small question.
+
+    A model whose weights did not load, or cannot answer, is never put into service.
+    """
     try:
         folder = registry.resolve(card.reference, tracking)
         engine = PixelLMEngine.from_pretrained(
             folder, device=device, max_batch_size=settings.max_batch_size, options=EngineOptions(dtype=settings.dtype)
         )
-        engine.segment(Image.new("RGB", (64, 48), (120, 130, 140)), _FIRST_QUESTION, max_new_tokens=8)
+        if not check_golden_example(folder, engine).found:
+            engine.segment(Image.new("RGB", (64, 48), (120, 130, 140)), _FIRST_QUESTION, max_new_tokens=8)
     except PixelLMError:
         raise
     except Exception as error:  # a process boundary: Serve prints this in the traceback of the failed start

@@ -19,6 +19,11 @@ _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 _BROKEN = (OSError, ValueError, SyntaxError, TypeError, LookupError, EOFError, OverflowError, struct.error, zlib.error)
 
 
+def is_remote(reference: str) -> bool:
+    """Whether a request's image field is an http(s) URL."""
+    return reference[:16].lstrip().lower().startswith(("http:", "https:"))
+
+
 def image_from_reference(reference: str, *, param: str) -> bytes:
     """The encoded picture that a request's image field means.
 
@@ -30,18 +35,11 @@ def image_from_reference(reference: str, *, param: str) -> bytes:
         The encoded bytes, not yet checked (`check_image`).
 
     Raises:
-        BadRequestError: 400 for http(s) and other URLs, broken base64 or text that is no URL; 415 for a data URL that
+        BadRequestError: 400 for URLs of other schemes, broken base64 or text that is no URL; 415 for a data URL that
             is not of an image.
     """
     scheme, separator, rest = reference.partition(":")
     scheme = scheme.strip().lower()
-    if scheme in ("http", "https") and separator:
-        raise BadRequestError(
-            "this server does not fetch pictures from http(s) URLs; send the picture itself as a data URL "
-            "(data:image/jpeg;base64,…) or as multipart/form-data",
-            param=param,
-            code="image_url_not_allowed",
-        )
     if scheme != "data" or not separator:
         raise BadRequestError(
             f"{param} is not a data URL (got {reference[:32]!r}…); wanted data:image/jpeg;base64,…",

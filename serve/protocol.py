@@ -30,6 +30,8 @@ class Question:
         top_p: samples from the smallest set of tokens whose probability reaches this.
         seed: makes sampling repeatable.
         stop: the answer ends before the first of these strings.
+        picture_digest: the same for the same `image_bytes`; questions of one digest go to one replica.
+        caller: who asks, so that a replica takes turns among callers.
     """
 
     image_bytes: bytes
@@ -41,6 +43,8 @@ class Question:
     top_p: float = 1.0
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    picture_digest: str = ""
+    caller: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +78,29 @@ class TargetPart:
 
 
 @dataclass(frozen=True, slots=True)
+class EngineReport:
+    """How a replica stood when it gave an answer; the ingress turns it into metrics.
+
+    Args:
+        replica: its name.
+        running: questions that generated together (the batch).
+        waiting: questions that waited for a place.
+        picture_hits: pictures found remembered, since its start.
+        picture_misses: pictures looked at, since its start.
+        picture_cache_bytes: what the remembered pictures take.
+        load_s: how long it took from the start of loading until it could answer.
+    """
+
+    replica: str
+    running: int
+    waiting: int
+    picture_hits: int
+    picture_misses: int
+    picture_cache_bytes: int
+    load_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class Answer:
     """The whole answer; also the last event of a stream.
 
@@ -87,6 +114,7 @@ class Answer:
     timings_s: Mapping[str, float] = field(default_factory=dict)
     finish_reason: str = "stop"
     dropped: str | None = None
+    engine: EngineReport | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,8 +21,8 @@ class EngineReplica:
         tracking: the registry that `card.reference` is looked up in.
 
     Raises:
-        ModelLoadError: the model does not load, or does not answer a first question. Serve reports it, and the
-            replica takes no traffic.
+        ModelLoadError: the model does not load, or does not answer its golden example as it did when it was stored.
+            Serve reports it, and the replica takes no traffic.
     """
 
     def __init__(self, card: ModelCard, settings: ServeSettings, tracking: TrackingSettings) -> None:
@@ -47,7 +47,7 @@ class EngineReplica:
         """What Serve asks every few seconds; raising makes it replace this replica.
 
         Raises:
-            ServingError: the engine has had questions to answer and made no step for `request_timeout_s`.
+            ServingError: the engine has had questions to answer and made no step for `stall_timeout_s`.
         """
         self._bridge.check_health()
 

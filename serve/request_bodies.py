@@ -1,8 +1,8 @@
 """From an HTTP request to a `Question`: JSON or multipart read, validated, limited, its picture checked."""
 
 import asyncio
+import hashlib
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -13,9 +13,11 @@ from starlette.datastructures import UploadFile
 from pixellm.errors import BadRequestError
 from pixellm.platform.settings import ServeSettings
 from pixellm.serve.chat import read_conversation
-from pixellm.serve.images import check_image, image_from_reference
-from pixellm.serve.model_card import ModelCard
+from pixellm.serve.feedback import FeedbackBody
+from pixellm.serve.images import check_image, image_from_reference, is_remote
 from pixellm.serve.protocol import Question
+from pixellm.serve.remote_images import RemoteImages
+from pixellm.serve.roster_view import Models
 from pixellm.serve.schemas import AnswerOptions, ChatBody, SegmentBody, SegmentFields
 
 _THREAD_ABOVE_BYTES = 256 * 1024
@@ -37,12 +39,14 @@ class RequestReader:
 
     Args:
         settings: limits on pixels, prompt and answer length.
-        card: the model that is served; another `model` is refused with 404.
+        models: what is served; another `model` is refused with 404.
+        remote: fetches pictures by URL, where allowed.
     """
 
-    def __init__(self, settings: ServeSettings, card: ModelCard) -> None:
+    def __init__(self, settings: ServeSettings, models: Models, remote: RemoteImages) -> None:
         self._settings = settings
-        self._card = card
+        self._models = models
+        self._remote = remote
 
     async def segment(self, request: Request) -> Asked:
         """The question of a `POST /v1/segment`, JSON or multipart.
@@ -55,7 +59,9 @@ class RequestReader:
             image_bytes, fields = await _read_multipart(request)
             return self._asked(image_bytes, "image", fields.prompt, (), fields)
         _require_json(kind, also="multipart/form-data")
-        return await _off_loop(self._segment_json, await request.body())
+        body = await _parsed(await request.body(), SegmentBody)
+        self._models.roster.find(body.model)
+        return self._asked(await self._picture(body.image, "image"), "image", body.prompt, (), body)
 
     async def chat(self, request: Request) -> Asked:
         """The question of a `POST /v1/chat/completions`; `options` is a `ChatBody`.
@@ -64,18 +70,32 @@ class RequestReader:
             As `segment`.
         """
         _require_json(_content_type(request))
-        return await _off_loop(self._chat_json, await request.body())
-
-    def _segment_json(self, raw: bytes) -> Asked:
-        body = _parse(raw, SegmentBody)
-        return self._asked(image_from_reference(body.image, param="image"), "image", body.prompt, (), body)
-
-    def _chat_json(self, raw: bytes) -> Asked:
-        body = _parse(raw, ChatBody)
-        self._check_model(body)
+        body = await _parsed(await request.body(), ChatBody)
+        self._models.roster.find(body.model)
         conversation = read_conversation(body.messages)
-        image_bytes = image_from_reference(conversation.image_reference, param=conversation.image_param)
-        return self._asked(image_bytes, conversation.image_param, conversation.prompt, conversation.history, body)
+        param = conversation.image_param
+        image_bytes = await self._picture(conversation.image_reference, param)
+        return self._asked(image_bytes, param, conversation.prompt, conversation.history, body)
+
+    async def feedback(self, request: Request) -> tuple[FeedbackBody, bytes]:
+        """The body of a `POST /v1/feedback` and its picture.
+
+        Raises:
+            As `segment`.
+        """
+        _require_json(_content_type(request))
+        body = await _parsed(await request.body(), FeedbackBody)
+        image_bytes = image_from_reference(body.image, param="image")
+        check_image(image_bytes, max_pixels=self._settings.max_image_pixels, param="image")
+        return body, image_bytes
+
+    async def _picture(self, reference: str, param: str) -> bytes:
+        """The encoded picture that a request's text means, data URL or, where allowed, http(s)."""
+        if is_remote(reference):
+            return await self._remote.fetch(reference.strip(), param=param)
+        if len(reference) > _THREAD_ABOVE_BYTES:
+            return await asyncio.to_thread(image_from_reference, reference, param=param)
+        return image_from_reference(reference, param=param)
 
     def _asked(
         self,
@@ -85,7 +105,7 @@ class RequestReader:
         history: tuple[tuple[str, str], ...],
         options: AnswerOptions,
     ) -> Asked:
-        self._check_model(options)
+        self._models.roster.find(options.model)
         num_chars = len(prompt) + sum(len(question) + len(answer) for question, answer in history)
         if num_chars > self._settings.max_prompt_chars:
             raise BadRequestError(
@@ -106,6 +126,7 @@ class RequestReader:
             top_p=options.top_p,
             seed=options.seed,
             stop=(options.stop,) if isinstance(options.stop, str) else tuple(options.stop or ()),
+            picture_digest=hashlib.blake2b(image_bytes, digest_size=16).hexdigest(),
         )
         return Asked(question, options)
 
@@ -124,16 +145,6 @@ class RequestReader:
                 code="invalid_value",
             )
         return wanted
-
-    def _check_model(self, options: AnswerOptions) -> None:
-        if not self._card.answers_to(options.model):
-            raise BadRequestError(
-                f"the model {options.model[:100] if options.model else ''!r} is not served here; this server has "
-                f"{self._card.id!r} (GET /v1/models)",
-                status_code=404,
-                param="model",
-                code="model_not_found",
-            )
 
 
 async def _read_multipart(request: Request) -> tuple[bytes, SegmentFields]:
@@ -161,11 +172,11 @@ def _require_json(kind: str, also: str | None = None) -> None:
         )
 
 
-async def _off_loop(read: Callable[[bytes], Asked], raw: bytes) -> Asked:
+async def _parsed(raw: bytes, kind: type[BodyT]) -> BodyT:
     """Large bodies are parsed in a thread, so that one upload does not hold up everybody's streams."""
     if len(raw) > _THREAD_ABOVE_BYTES:
-        return await asyncio.to_thread(read, raw)
-    return read(raw)
+        return await asyncio.to_thread(_parse, raw, kind)
+    return _parse(raw, kind)
 
 
 def _parse(raw: bytes, kind: type[BodyT]) -> BodyT:

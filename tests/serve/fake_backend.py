@@ -17,6 +17,7 @@ from pixellm.serve.ingress import build_api
 from pixellm.serve.metrics import ServiceMetrics
 from pixellm.serve.model_card import ModelCard
 from pixellm.serve.protocol import Answer, Event, Question, Started, TargetPart, TextPart
+from pixellm.serve.roster import Roster, Track, TrackState
 
 CARD = ModelCard(
     id="scripted",
@@ -90,12 +91,24 @@ class ScriptedBackend:
                 raise error
 
 
+class FixedModels:
+    """Versions that stay in service as they are; by default one, answered by one backend."""
+
+    def __init__(self, backend: ScriptedBackend, **others: tuple[TrackState, ScriptedBackend]) -> None:
+        self._backends = {"engines": backend} | {name: other for name, (_state, other) in others.items()}
+        first = TrackState(Track(CARD.requested), CARD, "engines")
+        self.roster = Roster(1, (first, *(state for state, _other in others.values())))
+
+    def backend(self, app_name: str) -> ScriptedBackend:
+        return self._backends[app_name]
+
+
 class ServedApi:
     """The API on a free loopback port, in a thread."""
 
     def __init__(self, backend: ScriptedBackend, settings: ServeSettings | None = None) -> None:
-        self.metrics = ServiceMetrics(CARD.id, CARD.version)
-        app = build_api(backend, settings or ServeSettings(), CARD, self.metrics)
+        self.metrics = ServiceMetrics()
+        app = build_api(FixedModels(backend), settings or ServeSettings(), self.metrics)
         self._socket = socket.socket()
         self._socket.bind(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}"

@@ -82,7 +82,7 @@ class Handle:
 
 
 def backend_of(handle: Handle, **settings: Any) -> tuple[ReplicaBackend, Callable[[str], float]]:
-    metrics = ServiceMetrics("m", "3")
+    metrics = ServiceMetrics()
     fields = {"request_timeout_s": 5, "max_retries": 2} | settings
     backend = ReplicaBackend(cast(DeploymentHandle, handle), ServeSettings(**fields), metrics, "app")
 

@@ -7,7 +7,7 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from fake_backend import CARD, ScriptedBackend, target_part
+from fake_backend import FixedModels, ScriptedBackend, target_part
 from pictures import data_url, picture_bytes
 from pycocotools import mask as coco
 
@@ -34,7 +34,7 @@ def make_backend(**fields: Any) -> ScriptedBackend:
 
 
 def send(backend: ScriptedBackend, method: str, path: str, **request: Any) -> httpx.Response:
-    app = build_api(backend, SETTINGS, CARD, ServiceMetrics(CARD.id, CARD.version))
+    app = build_api(FixedModels(backend), SETTINGS, ServiceMetrics())
 
     async def exchange() -> httpx.Response:
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
@@ -256,8 +256,9 @@ def test_the_openapi_document_describes_both_bodies_without_dangling_references(
 
 
 def test_requests_are_counted_by_route_and_status() -> None:
-    metrics = ServiceMetrics(CARD.id, CARD.version)
-    app = build_api(make_backend(errors={"busy": OverloadedError("x")}), SETTINGS, CARD, metrics)
+    metrics = ServiceMetrics()
+    models = FixedModels(make_backend(errors={"busy": OverloadedError("x")}))
+    app = build_api(models, SETTINGS, metrics)
 
     async def exchange() -> str:
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:

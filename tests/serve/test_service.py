@@ -102,7 +102,7 @@ def metric(service: ServiceHandle, name: str) -> float:
 
 def replica_pids() -> list[int]:
     """Processes of this test run's engine replicas."""
-    title = f"ray::ServeReplica:{APP}:engine".encode()
+    title = f"ray::ServeReplica:{APP}.".encode()
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         try:

@@ -9,6 +9,8 @@ from pixellm.errors import ServingError
 from pixellm.serve.metrics import ServiceMetrics
 from pixellm.serve.model_card import ModelCard
 from pixellm.serve.port_check import check_port_is_free
+from pixellm.serve.protocol import Answer, EngineReport
+from pixellm.serve.roster import Roster, Track, TrackState
 from pixellm.serve.stall_watch import StallWatch
 
 
@@ -47,9 +49,19 @@ def test_a_model_answers_to_its_name_its_version_and_the_reference_it_was_asked_
 
 
 def test_metrics_are_prometheus_text() -> None:
-    metrics = ServiceMetrics("pixellm", "3")
-    metrics.count_answer(2, 100, 17)
+    card = ModelCard("pixellm", "3", "models:/pixellm/3", "models:/pixellm@champion", 0)
+    metrics = ServiceMetrics()
+    state = TrackState(Track("models:/pixellm@champion"), card, "app", failed=(("4", "weights"),))
+    metrics.show_roster(Roster(1, (state,)))
+    usage = {"prompt_tokens": 100, "completion_tokens": 17}
+    for hits, misses in ((0, 1), (1, 1)):
+        report = EngineReport("replica", 3, 0, hits, misses, 500, 2.5)
+        metrics.count_answer("pixellm", Answer("3", "a cat", (), usage, {"decode": 0.5}, engine=report))
     text = metrics.exposition().decode()
-    assert "pixellm_targets_total 2.0" in text
-    assert 'pixellm_tokens_total{kind="completion"} 17.0' in text
-    assert 'pixellm_model_info{model="pixellm",version="3"} 1.0' in text
+    assert 'pixellm_answers_total{model="pixellm",version="3"} 2.0' in text
+    assert 'pixellm_tokens_total{kind="completion"} 34.0' in text
+    assert 'pixellm_model_info{model="pixellm",share="1",version="3"} 1.0' in text
+    assert 'pixellm_model_failed{track="models:/pixellm@champion",version="4"} 1.0' in text
+    assert "pixellm_picture_cache_hits_total 1.0" in text
+    assert "pixellm_picture_cache_misses_total 1.0" in text
+    assert 'pixellm_cold_starts_total{version="3"} 1.0' in text
