@@ -119,6 +119,39 @@ def data_prepare(
     _print(report.to_json_dict(), report.to_text(), as_json)
 
 
+@data_app.command("split")
+def data_split(
+    uri: Annotated[str, typer.Argument(help="shards with written questions, e.g. of MUSE")],
+    out: Annotated[str, typer.Option("--out", help="folder (or URI) for train/ val/ test/ test_few/ test_many/")],
+    val: Annotated[float, typer.Option("--val", min=0, max=1, help="share of the pictures")] = 0.02,
+    test: Annotated[float, typer.Option("--test", min=0, max=1, help="share of the pictures")] = 0.03,
+    few: Annotated[int, typer.Option("--few", min=1, help="targets of a question that still are few")] = 3,
+    seed: Annotated[int, typer.Option("--seed", min=0)] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Train, val and test with no picture in two of them; test also by few and many targets."""
+    from pixellm.jobs.benchmark_sets import make_splits
+
+    report = make_splits(uri, out, val=val, test=test, few=few, seed=seed)
+    _print(report.to_json_dict(), report.to_text(), as_json)
+
+
+@data_app.command("multi-referring")
+def data_multi_referring(
+    uri: Annotated[str, typer.Argument(help="shards of a refcoco… split")],
+    out: Annotated[str, typer.Option("--out", help="where the shards go (folder or URI)")],
+    min_targets: Annotated[int, typer.Option("--min-targets", min=1, help="of a question")] = 3,
+    max_targets: Annotated[int, typer.Option("--max-targets", min=1, help="of a question")] = 6,
+    seed: Annotated[int, typer.Option("--seed", min=0)] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Single expressions → questions for several targets: the benchmark of the paper's Table 2."""
+    from pixellm.jobs.benchmark_sets import make_multi_referring
+
+    report = make_multi_referring(uri, out, min_targets=min_targets, max_targets=max_targets, seed=seed)
+    _print(report.to_json_dict(), report.to_text(), as_json)
+
+
 @data_app.command("stats")
 def data_stats(uri: str, as_json: AsJson = False) -> None:
     """Counts per source, targets per question, mask areas, text lengths, licences."""
