@@ -41,6 +41,10 @@ class JudgeError(PixelLMError):
     """The language-model judge could not give a usable verdict."""
 
 
+class LanguageModelError(PixelLMError):
+    """The endpoint of a language model cannot be used: wrong address, key or model, or it is down."""
+
+
 class ServingError(PixelLMError):
     """A request that could not be answered, or a service that could not be started.
 
