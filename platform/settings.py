@@ -330,10 +330,12 @@ def from_environment() -> dict[str, str]:
     `MLFLOW_TRACKING_URI` and `RAY_ADDRESS` stand in for `tracking.uri` and `cluster.address` where the recipe leaves
     them empty; `RAY_API_SERVER_ADDRESS` is where `pixellm submit` goes without `--address`; `PIXELLM_LOG_LEVEL` sets
     the log level; `TORCH_EXTENSIONS_DIR` is where torch keeps what it compiles. `PIXELLM_API_KEYS` holds hashed keys of
-    a service as `serve.api_keys_file` does, `PIXELLM_API_KEY` is the key that `pixellm query` sends.
+    a service as `serve.api_keys_file` does, `PIXELLM_API_KEY` is the key that `pixellm query` sends,
+    `OPENAI_API_KEY` the one for the endpoint of a language model (`--base-url`).
     """
     names = (
         "MLFLOW_TRACKING_URI",
+        "OPENAI_API_KEY",
         "PIXELLM_API_KEY",
         "PIXELLM_API_KEYS",
         "PIXELLM_LOG_LEVEL",
