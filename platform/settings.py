@@ -17,7 +17,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 import pixellm
 from pixellm.errors import ConfigError
 
-
 _MAX_EXTENDS = 8
 
 

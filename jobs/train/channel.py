@@ -19,6 +19,7 @@ class Channel:
     def __init__(self) -> None:
         self._events: deque[Event] = deque(maxlen=_MAX_EVENTS)
         self._is_stop_wanted = False
+        self._checkpoints_wanted = 0
         self._fatal: PixelLMError | None = None
 
     def push(self, event: Event) -> None:
@@ -35,9 +36,13 @@ class Channel:
         """Asks the workers to stop after their present step."""
         self._is_stop_wanted = True
 
-    def is_stop_wanted(self) -> bool:
-        """Whether the driver asked to stop."""
-        return self._is_stop_wanted
+    def request_checkpoint(self) -> None:
+        """Asks the workers for a checkpoint after their present step."""
+        self._checkpoints_wanted += 1
+
+    def wishes(self) -> tuple[bool, int]:
+        """Whether the driver asked to stop, and how many checkpoints it has asked for."""
+        return self._is_stop_wanted, self._checkpoints_wanted
 
     def set_fatal(self, error: PixelLMError) -> None:
         """Records an error that a restart cannot mend; the first one stays."""
@@ -63,6 +68,8 @@ class WorkerLine:
     def __init__(self, handle: Any, *, is_active: bool) -> None:
         self._handle = handle if is_active else None
         self._answer: Any = None
+        self._wishes: tuple[bool, int] = (False, 0)
+        self._checkpoints_seen = 0
 
     def send(self, event: Event) -> None:
         """Sends without waiting."""
@@ -71,18 +78,27 @@ class WorkerLine:
 
     def is_stop_wanted(self) -> bool:
         """The latest answer that has arrived; asking never waits. A driver that is gone wants a stop."""
+        self._ask()
+        return self._wishes[0]
+
+    def is_checkpoint_wanted(self) -> bool:
+        """Whether the driver has asked for a checkpoint since the last call."""
+        seen, self._checkpoints_seen = self._checkpoints_seen, self._wishes[1]
+        return self._checkpoints_seen > seen
+
+    def _ask(self) -> None:
         if self._handle is None:
-            return False
+            return
         import ray  # loaded already: this is a Ray worker
 
         if self._answer is None:
-            self._answer = self._handle.is_stop_wanted.remote()
+            self._answer = self._handle.wishes.remote()
         ready, _ = ray.wait([self._answer], timeout=0)
         if not ready:
-            return False
+            return
         try:
-            wanted = bool(ray.get(self._answer))
+            self._wishes = ray.get(self._answer)
         except ray.exceptions.RayActorError:
-            return True
+            self._wishes = (True, 0)
+            return
         self._answer = None
-        return wanted

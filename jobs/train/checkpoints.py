@@ -4,6 +4,7 @@
         meta.json                             what this is, and the SHA-256 of every other file
         weights.safetensors                   the model's weights (rank 0)
         optimizer-00000-of-00002.safetensors  masters and moments, one file per rank
+        random-00000-of-00002.safetensors     torch's random state, one file per rank
 
 Only a folder called `step-…` with a `meta.json` whose digests all agree is a checkpoint. The folder must be reachable
 under the same path by all workers (one machine, or a shared file system).
@@ -15,7 +16,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,8 @@ class CheckpointMeta:
         files: every other file of the folder.
         config: the resolved settings of the run.
         code_version: of the code that wrote it.
+        metrics: of the validation after this step; empty where there was none.
+        plateau: state of the search for a plateau, see `validation.Plateau`.
         schema_version: of this layout.
     """
 
@@ -61,6 +64,8 @@ class CheckpointMeta:
     files: tuple[FileRecord, ...] = ()
     config: dict[str, Any] = field(default_factory=dict)
     code_version: str = ""
+    metrics: dict[str, float] = field(default_factory=dict)
+    plateau: dict[str, Any] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
 
 
@@ -80,6 +85,11 @@ class Checkpoint:
     def optimizer_paths(self) -> list[Path]:
         """One optimiser shard per rank that wrote it, in rank order."""
         return sorted(self.path / record.name for record in self.meta.files if record.name.startswith("optimizer-"))
+
+
+def random_file(rank: int, world_size: int) -> str:
+    """Name of the file with one rank's random state."""
+    return f"random-{rank:05d}-of-{world_size:05d}.safetensors"
 
 
 def optimizer_file(rank: int, world_size: int) -> str:
@@ -175,12 +185,43 @@ class CheckpointFolder:
             )
         return None, []
 
-    def prune(self, keep_last: int) -> None:
-        """Removes all but the newest `keep_last` checkpoints. A folder loses its `meta.json` first."""
-        for step in self.steps()[:-keep_last]:
+    def score(self, step: int, metric: str) -> float | None:
+        """A checkpoint's validation metric, higher being better (a loss is negated); None where it has none."""
+        try:
+            value = _read_meta(self.path_of(step)).metrics.get(metric)
+        except CheckpointError:
+            return None
+        return None if value is None else better_when_higher(metric, value)
+
+    def best_step(self, metric: str) -> int | None:
+        """The step with the best validation metric, the newest of equal ones; None where no checkpoint has one."""
+        scores = {step: score for step in self.steps() if (score := self.score(step, metric)) is not None}
+        return max(scores, key=lambda step: (scores[step], step)) if scores else None
+
+    def prune(
+        self, keep_last: int, *, keep_best: int = 0, metric: str = "giou", busy: Collection[int] = frozenset()
+    ) -> frozenset[int]:
+        """Removes checkpoints but the newest, the best, and those in use. A folder loses its `meta.json` first.
+
+        Args:
+            keep_last: how many of the newest stay.
+            keep_best: how many of the best stay.
+            metric: by which they are compared.
+            busy: steps that are being read, and go another time.
+
+        Returns:
+            The steps that are meant to stay.
+        """
+        steps = self.steps()
+        scores = {step: self.score(step, metric) for step in steps} if keep_best else dict.fromkeys(steps)
+        removed = steps_to_remove(scores, keep_last, keep_best)
+        for step in removed:
+            if step in busy:
+                continue
             path = self.path_of(step)
             (path / META_FILE).unlink(missing_ok=True)
             shutil.rmtree(path, ignore_errors=True)
+        return frozenset(steps) - frozenset(removed)
 
     def remove_unfinished(self) -> None:
         """Removes what interrupted writes have left."""
@@ -188,6 +229,25 @@ class CheckpointFolder:
             for entry in self.root.iterdir():
                 if entry.name.startswith(_WRITING_PREFIX):
                     shutil.rmtree(entry, ignore_errors=True)
+
+
+def steps_to_remove(scores: Mapping[int, float | None], keep_last: int, keep_best: int) -> list[int]:
+    """Which checkpoints go.
+
+    Args:
+        scores: step → validation score, higher being better, None where there is none.
+        keep_last: how many of the newest stay, at least 1.
+        keep_best: how many of the best stay; of equal ones the newer.
+    """
+    steps = sorted(scores)
+    scored = sorted((score, step) for step, score in scores.items() if score is not None)
+    kept = set(steps[-keep_last:]) | {step for _, step in scored[len(scored) - keep_best :]}
+    return [step for step in steps if step not in kept]
+
+
+def better_when_higher(metric: str, value: float) -> float:
+    """A validation metric as a score: a loss is negated."""
+    return -value if metric.endswith("loss") else value
 
 
 def read_checkpoint(path: Path) -> Checkpoint:

@@ -5,7 +5,8 @@ different kinds of samples (a micro-batch of VQA turns gives the pixel decoder n
 a zero, where hook-ordered buckets would be added up against the wrong parameters. And with gradient accumulation the
 ranks talk once per step instead of once per micro-batch.
 
-The random state of a micro-batch is a function of (seed, step, rank, micro-batch), so a resumed run needs none saved.
+The random state of a micro-batch is a function of (seed, step, its place in the global batch): a resumed run draws the
+same numbers as one that was never stopped, also on another number of ranks.
 """
 
 import logging
@@ -60,6 +61,7 @@ class TrainEngine:
         self.optimizer = optimizer
         self.trainable = names
         self.num_updates = 0
+        self.average: Any = None  # a `WeightAverage`, where the recipe wants one
         self._seed = seed
         self._sums: dict[str, Tensor] = {}
 
@@ -81,7 +83,7 @@ class TrainEngine:
             raise ConfigError("the recipe trains no parameter; set train.train_language, train.train_vision or LoRA")
         # Each step sets its rate. Until then it is 0: one of DeepSpeed's wrappers takes an empty step as it starts.
         optimizer = torch.optim.AdamW(
-            list(trainable.values()), lr=0.0, betas=train.betas, weight_decay=train.weight_decay
+            groups_by_rate(model, trainable, train.lr_scale), lr=0.0, betas=train.betas, weight_decay=train.weight_decay
         )
         with stale_locks_removed():
             engine, *_ = deepspeed.initialize(
@@ -118,15 +120,23 @@ class TrainEngine:
             lr: learning rate of this step.
         """
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("scale", 1.0)
         self.module.train()
         runner = self._run_coalesced if self.zero_stage else self._run_replicated
         outputs = list(runner(micro_batches, step))
         norm, is_applied = self._update()
         self.num_updates += is_applied
+        if is_applied and self.average is not None:
+            self.average.update(self)
         names = sorted({name for output in outputs for name in output})
         losses = {name: sum(output.get(name, 0.0) for output in outputs) / len(outputs) for name in names}
         return StepResult(losses.pop("loss"), losses, norm, is_applied)
+
+    @torch.no_grad()
+    def evaluate(self, batch: Batch) -> Any:
+        """The model's output for a batch, without gradients and dropout. At ZeRO 3 all ranks must call it together."""
+        self.module.eval()
+        return self.module(**self._prepare(batch))
 
     def _update(self) -> tuple[float, bool]:
         """Clips and updates; returns the gradient norm and whether the update happened (ZeRO checks by itself)."""
@@ -158,7 +168,7 @@ class TrainEngine:
         yield self._forward_backward(micro_batches[-1], step, len(micro_batches) - 1, len(micro_batches))
 
     def _forward_backward(self, batch: Batch, step: int, index: int, count: int) -> dict[str, float]:
-        seed_micro_batch(self._seed, step, ranks.rank(), index)
+        seed_micro_batch(self._seed, step, ranks.rank() * count + index)
         output = self.engine(**self._prepare(batch))
         self.engine.backward(output.loss / count)
         return {"loss": float(output.loss.detach()), **{name: float(value) for name, value in output.losses.items()}}
@@ -196,9 +206,38 @@ class TrainEngine:
         self._sums.clear()
 
 
-def seed_micro_batch(seed: int, step: int, rank: int, index: int) -> None:
-    """Sets torch's random state to a function of these four numbers (dropout draws from it)."""
-    state = np.random.SeedSequence([seed, step, rank, index]).generate_state(1, dtype=np.uint64)[0]
+def groups_by_rate(
+    model: nn.Module, trainable: Mapping[str, nn.Parameter], lr_scale: Mapping[str, float]
+) -> list[dict[str, Any]]:
+    """The optimiser's groups: one per factor on the learning rate.
+
+    Args:
+        model: its `part_of` names the part of a parameter.
+        trainable: trained parameters by name.
+        lr_scale: part → factor; parts not named have 1.
+
+    Raises:
+        ConfigError: a named part trains nothing.
+    """
+    part_of = getattr(model, "part_of", lambda name: name)
+    groups: dict[float, list[nn.Parameter]] = {}
+    for name, parameter in trainable.items():
+        groups.setdefault(lr_scale.get(part_of(name), 1.0), []).append(parameter)
+    idle = sorted(set(lr_scale) - {part_of(name) for name in trainable})
+    if idle:
+        raise ConfigError(f"train.lr_scale names {idle[0]!r}, which this recipe does not train; remove it")
+    return [{"params": parameters, "scale": scale} for scale, parameters in groups.items()]
+
+
+def seed_micro_batch(seed: int, step: int, place: int) -> None:
+    """Sets torch's random state to a function of these numbers (dropout draws from it).
+
+    Args:
+        seed: of the run.
+        step: 0-based.
+        place: of the micro-batch in the global batch, over all ranks.
+    """
+    state = np.random.SeedSequence([seed, step, place]).generate_state(1, dtype=np.uint64)[0]
     torch.manual_seed(int(state) & 0x7FFF_FFFF_FFFF_FFFF)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from pixellm.errors import PixelLMError
 from pixellm.jobs.train.checkpoints import CheckpointFolder
+from pixellm.platform import storage
 from pixellm.platform.data.compose import QuestionSource
 from pixellm.platform.data.order import MixtureOrder
 from pixellm.platform.settings import Settings
@@ -38,6 +39,12 @@ class WorkerSpec:
     def checkpoints(self) -> CheckpointFolder:
         """Where checkpoints go."""
         return CheckpointFolder(Path(self.run_dir) / "checkpoints")
+
+    @property
+    def checkpoint_uri(self) -> str | None:
+        """Where copies of the checkpoints go; None where the recipe names no store."""
+        uri = self.settings.train.checkpoint_uri
+        return None if uri is None else storage.join(uri, self.settings.name)
 
     @property
     def model_dir(self) -> Path:

@@ -55,6 +55,15 @@ class CheckpointEvent:
 
 
 @dataclass(frozen=True)
+class WorkerPlace:
+    """Where one rank runs: Ray's id of the node (empty without Ray), host name and process."""
+
+    node_id: str
+    host: str
+    pid: int
+
+
+@dataclass(frozen=True)
 class StartEvent:
     """The worker group is about to train; after a fault it comes again.
 
@@ -62,14 +71,46 @@ class StartEvent:
         step: steps already done.
         checkpoint: what it goes on from, or None.
         problems: newer checkpoints that were passed over, each with its reason.
+        workers: who trains, in rank order.
     """
 
     step: int
     checkpoint: str | None
     problems: tuple[str, ...]
+    workers: tuple[WorkerPlace, ...] = ()
 
 
-Event = StatusEvent | CheckpointEvent | StartEvent | StepRecord
+@dataclass(frozen=True)
+class ValidationEvent:
+    """Held-out questions were answered after a step.
+
+    Attributes:
+        step: steps done.
+        metrics: `giou`, `ciou`, `text_loss`, counts.
+        is_best: whether the chosen metric is better than ever before.
+        folder: of the pictures; None where none were drawn.
+        seconds: that it took.
+    """
+
+    step: int
+    metrics: dict[str, float]
+    is_best: bool
+    folder: str | None
+    seconds: float
+
+
+@dataclass(frozen=True)
+class UploadEvent:
+    """A checkpoint was copied to `train.checkpoint_uri`, or (with `problem`) could not be."""
+
+    step: int
+    uri: str
+    seconds: float
+    attempts: int
+    problem: str | None = None
+
+
+Event = StatusEvent | CheckpointEvent | StartEvent | StepRecord | ValidationEvent | UploadEvent
 
 
 @dataclass(frozen=True)
@@ -80,3 +121,4 @@ class WorkerResult:
     interrupted: bool
     samples_per_s: float
     resumed_from: int | None
+    ended_early: bool = False

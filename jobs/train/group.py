@@ -8,6 +8,8 @@ import logging
 import math
 import os
 import threading
+import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,12 +17,14 @@ from typing import Any
 from pixellm.errors import ClusterError, PixelLMError
 from pixellm.jobs.train.channel import open_channel
 from pixellm.jobs.train.entry import WorkerSpec, train_worker
-from pixellm.jobs.train.events import WorkerResult
+from pixellm.jobs.train.events import WorkerPlace, WorkerResult
 from pixellm.jobs.train.interrupt import StopRequest
+from pixellm.jobs.train.plan import speed_of_light
 from pixellm.jobs.train.progress import TrainingView
 from pixellm.platform.settings import Settings
 
 _POLL_S = 0.25
+_DRAIN_POLL_S = 1.0
 _LEAST_WORKER_CPUS = 0.1
 _log = logging.getLogger(__name__)
 
@@ -41,6 +45,8 @@ def run_group(spec: WorkerSpec, view: TrainingView, stop: StopRequest) -> Worker
     import ray  # slow
 
     channel = open_channel()
+    view.flops_per_token, view.peak_flops = speed_of_light(spec.settings, ray.cluster_resources())
+    notice = DrainNotice()
     fit = _Fit(_trainer(replace(spec, channel=channel)))
     fit.start()
     is_told = False
@@ -49,6 +55,12 @@ def run_group(spec: WorkerSpec, view: TrainingView, stop: StopRequest) -> Worker
         view.take(ray.get(channel.drain.remote()))
         if stop.is_asked and not view.has_started:
             raise KeyboardInterrupt
+        for place in notice.new_among(view.places):
+            view.note(f"the node of {place.host} is about to be taken away; writing a checkpoint")
+            if spec.settings.train.is_elastic:
+                channel.request_checkpoint.remote()
+            elif not stop.is_asked:
+                stop.ask()
         if stop.is_asked and not is_told:
             is_told = True
             channel.request_stop.remote()
@@ -115,6 +127,27 @@ def _trainer(spec: WorkerSpec) -> Any:
 
 def _gpu(use_gpu: bool) -> dict[str, float]:
     return {"GPU": 1.0} if use_gpu else {}
+
+
+class DrainNotice:
+    """Ray's notices that a node is about to be drained: pre-empted by its owner, or idle and scaled down."""
+
+    def __init__(self, every_s: float = _DRAIN_POLL_S) -> None:
+        self._every_s = every_s
+        self._asked_at = -math.inf
+        self._known: set[str] = set()
+
+    def new_among(self, places: Sequence[WorkerPlace]) -> list[WorkerPlace]:
+        """One worker of each node that has got a notice since the last call; Ray is asked now and then only."""
+        if time.monotonic() - self._asked_at < self._every_s:
+            return []
+        self._asked_at = time.monotonic()
+        # Ray Train's own watcher asks here; there is no public call outside of a worker.
+        from ray._private.state import state
+
+        draining = set(state.get_draining_nodes()) - self._known
+        self._known |= draining
+        return list({place.node_id: place for place in places if place.node_id in draining}.values())
 
 
 class _Fit(threading.Thread):

@@ -20,7 +20,6 @@ from pixellm.jobs.train.schedule import learning_rate
 from pixellm.model.processing import TrainingExample
 from pixellm.platform.settings import TrainSettings
 
-_MAX_SKIPPED_IN_A_ROW = 3
 Item = TypeVar("Item")
 
 
@@ -31,12 +30,22 @@ class LoopResult:
     Attributes:
         step: steps done in all.
         interrupted: whether somebody asked to stop before the last step.
+        ended_early: whether validation found that nothing more is gained.
         samples_per_s: over all ranks and the steps of this loop, its first two left out; NaN where it had no more.
     """
 
     step: int
     interrupted: bool
     samples_per_s: float
+    ended_early: bool = False
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What a rank wants after a step: to stop, or a checkpoint; one rank's wish is every rank's."""
+
+    stop: bool
+    checkpoint: bool
 
 
 @dataclass(frozen=True)
@@ -67,49 +76,62 @@ def run_steps(
     *,
     start_step: int,
     on_step: Callable[[StepRecord], None],
-    wants_stop: Callable[[], bool],
+    wishes: Callable[[], Wishes],
     save: Callable[[int], None],
+    validate: Callable[[int], bool] | None = None,
 ) -> LoopResult:
     """Trains from `start_step` to `train.steps`, or to the step after which any rank wants to stop.
 
     Args:
         engine: of this rank.
         batches: one per step, in the order of the run, starting at `start_step`.
-        train: steps, schedule and checkpoint interval.
+        train: steps, schedule, checkpoint and validation interval.
         start_step: steps done before.
         on_step: called on every rank after each step.
-        wants_stop: asked on every rank after each step; one yes stops all of them.
+        wishes: asked on every rank after each step.
         save: writes a checkpoint of the given number of steps; called by all ranks together, also when stopping and
             after the last step.
+        validate: asks held-out questions after the given number of steps; called by all ranks together, before the
+            checkpoint of that step. Says whether training ends here.
 
     Raises:
-        PixelLMError: three steps in a row had gradients that are not finite; the samples are named.
+        PixelLMError: `train.max_skipped_steps` in a row had gradients that are not finite; the samples are named.
     """
-    step, num_skipped, is_stopping = start_step, 0, False
+    step, num_skipped, is_stopping, is_over = start_step, 0, False, False
     last = started = time.perf_counter()
     num_samples = 0
-    while step < train.steps and not is_stopping:
+    while step < train.steps and not is_stopping and not is_over:
         waited = time.perf_counter()
         batch = next(batches)
         data_wait_s = time.perf_counter() - waited
-        record, is_stopping = _one_step(engine, batch, train, step, data_wait_s, last, wants_stop)
-        step, last = record.step, time.perf_counter()
+        record, wanted = _one_step(engine, batch, train, step, data_wait_s, last, wishes)
+        step, last, is_stopping = record.step, time.perf_counter(), wanted.stop
         num_skipped = 0 if record.is_applied else num_skipped + 1
-        if num_skipped >= _MAX_SKIPPED_IN_A_ROW:
-            _raise_not_finite(step, batch)
+        if num_skipped >= train.max_skipped_steps:
+            _raise_not_finite(step, batch, num_skipped)
         on_step(record)
         if step - start_step == 2:
             started, num_samples = last, 0
         else:
             num_samples += record.num_samples
-        if is_stopping or step == train.steps or step % train.checkpoint_every == 0:
+        is_validating = validate is not None and _is_due(step, train.validation.every, train.steps)
+        is_saving = is_stopping or wanted.checkpoint or _is_due(step, train.checkpoint_every, train.steps)
+        if is_validating or is_saving:
             before = time.perf_counter()
-            save(step)
+            if validate is not None and is_validating:
+                is_over = validate(step)
+            if is_saving or is_over or train.validation.keep_best:
+                save(step)
             started += time.perf_counter() - before
             last = time.perf_counter()
     is_measured = step - start_step > 2
     rate = num_samples / (last - started) if is_measured and last > started else math.nan
-    return LoopResult(step, is_stopping and step < train.steps, rate)
+    is_cut = step < train.steps
+    return LoopResult(step, is_stopping and is_cut and not is_over, rate, ended_early=is_over and is_cut)
+
+
+def _is_due(step: int, every: int | None, last: int) -> bool:
+    return step == last or (every is not None and step % every == 0)
 
 
 def _one_step(
@@ -119,12 +141,14 @@ def _one_step(
     step: int,
     data_wait_s: float,
     last: float,
-    wants_stop: Callable[[], bool],
-) -> tuple[StepRecord, bool]:
+    wishes: Callable[[], Wishes],
+) -> tuple[StepRecord, Wishes]:
     lr = learning_rate(step, peak=train.lr, warmup_steps=train.warmup_steps, total_steps=train.steps)
     result = engine.train_step(batch.micro_batches, step=step, lr=lr)
+    wanted = wishes()
     mine = [
-        float(wants_stop()),
+        float(wanted.stop),
+        float(wanted.checkpoint),
         float(not result.is_applied),
         result.loss,
         *(result.losses.get(part, 0.0) for part in LOSS_PARTS),
@@ -132,7 +156,8 @@ def _one_step(
         float(batch.num_tokens),
         data_wait_s,
     ]
-    stop, skipped, loss, text, ref, dice, num_samples, num_tokens, waits = ranks.sum_over_ranks(mine, engine.device)
+    totals = ranks.sum_over_ranks(mine, engine.device)
+    stop, checkpoint, skipped, loss, text, ref, dice, num_samples, num_tokens, waits = totals
     count = ranks.world_size()
     record = StepRecord(
         step=step + 1,
@@ -146,14 +171,15 @@ def _one_step(
         step_s=time.perf_counter() - last,
         data_wait_s=waits / count,
     )
-    return record, stop > 0
+    return record, Wishes(stop > 0, checkpoint > 0)
 
 
-def _raise_not_finite(step: int, batch: PreparedBatch) -> None:
+def _raise_not_finite(step: int, batch: PreparedBatch, num_skipped: int) -> None:
     names = sorted({name for part in ranks.gather_objects(batch.sample_ids) for name in part})
     raise PixelLMError(
-        f"loss or gradients were not finite for {_MAX_SKIPPED_IN_A_ROW} steps in a row, the last of them step {step} "
-        f"with the samples {', '.join(names[:20])}; lower train.lr, or look at these samples"
+        f"loss or gradients were not finite for {num_skipped} steps in a row, the last of them step {step} with the "
+        f"samples {', '.join(names[:20])}; lower train.lr, or look at these samples (train.max_skipped_steps says how "
+        "many are borne)"
     )
 
 

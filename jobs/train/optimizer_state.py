@@ -6,7 +6,7 @@ shards hold them. A run can so go on with another number of workers, or another 
 """
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ from pixellm.jobs.train import ranks
 from pixellm.jobs.train.deepspeed_engine import TrainEngine
 
 MASTER = "master"
+AVERAGE = "average"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 _UPDATES_KEY = "updates"
 
@@ -86,9 +87,16 @@ def load_optimizer(engine: TrainEngine, paths: Sequence[Path]) -> None:
 def owned_stretches(engine: TrainEngine) -> Iterator[Stretch]:
     """This rank's stretches, masters first; moments only once there has been an update."""
     kinds = (MASTER, *MOMENTS) if engine.num_updates else (MASTER,)
+    for kind in kinds:
+        yield from stretches_of_kind(engine, kind)
+    if engine.average is not None:
+        yield from engine.average.stretches()
+
+
+def stretches_of_kind(engine: TrainEngine, kind: str) -> Iterator[Stretch]:
+    """This rank's stretches of masters or of one moment."""
     for name, parameter in engine.trainable.items():
-        for kind in kinds:
-            yield from _stretches_of(engine, name, parameter, kind)
+        yield from _stretches_of(engine, name, parameter, kind)
 
 
 def _stretches_of(engine: TrainEngine, name: str, parameter: nn.Parameter, kind: str) -> Iterator[Stretch]:
@@ -142,6 +150,37 @@ def _create_moments(engine: TrainEngine, num_updates: int) -> None:
         }
     if hasattr(zero, "_lazy_init_hp_params_optimizer_state"):
         zero._lazy_init_hp_params_optimizer_state()
+
+
+def full_shape(parameter: nn.Parameter) -> torch.Size:
+    """The shape of a whole parameter, also where ZeRO 3 has emptied it."""
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
+def read_average(paths: Sequence[Path], shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
+    """The moving average of whole parameters, put together from the shards of a checkpoint.
+
+    Args:
+        paths: all shards.
+        shapes: parameter → its shape.
+
+    Raises:
+        CheckpointError: the shards do not hold the average of a parameter.
+    """
+    from safetensors import safe_open
+
+    index, _ = _index_shards(paths)
+    whole = {}
+    for name, shape in shapes.items():
+        flat, filled = torch.empty(shape.numel()), 0
+        for stored in index.get((AVERAGE, name), []):
+            with safe_open(stored.path, framework="pt") as file:
+                flat[stored.start : stored.stop] = file.get_tensor(stored.key)
+            filled += stored.stop - stored.start
+        if filled != shape.numel():
+            raise CheckpointError(f"{paths[0].parent} holds no moving average of {name}; set train.ema_decay as before")
+        whole[name] = flat.view(shape)
+    return whole
 
 
 def _index_shards(paths: Sequence[Path]) -> tuple[dict[tuple[str, str], list[_Stored]], int]:

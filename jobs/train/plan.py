@@ -1,12 +1,12 @@
-"""`pixellm train --dry-run`: what a recipe would train, hold and take, reckoned on the meta device before anything starts.
+"""`pixellm train --dry-run`: what a recipe would train, hold and take, reckoned before anything starts.
 
-Parameters are counted on the real network without its weights; operations by torch on meta tensors. Memory follows from
-what `TrainEngine` keeps: local gradients until the one reduction of a step, then DeepSpeed's partitions. Activations are
-an estimate with the coefficients written below.
+Parameters are counted on the real network without its weights; operations by torch on meta tensors. Memory follows
+from what `TrainEngine` keeps: local gradients until the one reduction of a step, then DeepSpeed's partitions.
+Activations are an estimate with the coefficients written below.
 """
 
-import math
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,8 @@ GB = 1e9
 USABLE_SHARE = 0.92
 MAX_TEXT_TOKENS = 512
 _A100_GB, _A100_TFLOPS = 80.0, 312.0
+#: Dense bf16 peaks by Ray's names of accelerators, in TFLOP/s (makers' data sheets).
+_PEAK_TFLOPS = {"A100": 312.0, "H100": 989.0, "H200": 989.0, "A10G": 70.0, "L4": 121.0, "L40S": 362.0, "V100": 125.0}
 #: Values that autograd keeps per position of one Llama layer: norms with their fp32 copies, q, k, v, attention, and
 #: gate, up, activation and product of the MLP.
 _LANGUAGE_WIDTHS, _LANGUAGE_MLPS = 12, 4
@@ -255,6 +257,26 @@ def train_tflops(settings: Settings, config: "PixelLMConfig") -> dict[str, float
     return {part: factors[part] * value for part, value in forward.items()}
 
 
+def speed_of_light(settings: Settings, resources: Mapping[str, float]) -> tuple[float, float]:
+    """What MFU is measured against: operations of one token's training, and one device's peak per second.
+
+    Args:
+        settings: `plan.peak_tflops` goes before what the cluster says of its devices.
+        resources: of the Ray cluster; a GPU's type is the resource `accelerator_type:NAME`.
+
+    Returns:
+        (0, 0) where the peak is not known.
+    """
+    names = (name.removeprefix("accelerator_type:").partition("-")[0] for name in resources)
+    known = next((_PEAK_TFLOPS[name] for name in names if name in _PEAK_TFLOPS), None)
+    peak = settings.plan.peak_tflops or (known if settings.train.use_gpu else None)
+    if peak is None:
+        return 0.0, 0.0
+    config = _config(settings)
+    positions = config.num_image_tokens + settings.plan.text_tokens
+    return 1e12 * sum(train_tflops(settings, config).values()) / positions, 1e12 * peak
+
+
 def _reckon(settings: Settings) -> TrainPlan:
     train, plan = settings.train, settings.plan
     config = _config(settings)
@@ -329,7 +351,7 @@ def _device(settings: Settings) -> tuple[str, float, float | None]:
 
 
 def _knobs(train: TrainSettings) -> list[tuple[str, dict[str, Any]]]:
-    """What makes a run smaller without changing what it learns, the cheapest first; each is tried on top of the former."""
+    """What makes a run smaller without changing what it learns, the cheapest first; each on top of the former."""
     knobs: list[tuple[str, dict[str, Any]]] = []
     if not train.gradient_checkpointing:
         knobs.append(("--train.gradient_checkpointing=true", {"gradient_checkpointing": True}))
@@ -345,8 +367,3 @@ def _knobs(train: TrainSettings) -> list[tuple[str, dict[str, Any]]]:
     if not train.offload_optimizer:
         knobs.append(("--train.offload_optimizer=true", {"offload_optimizer": True}))
     return knobs
-
-
-def mfu(tokens_per_s: float, flops_per_token: float, peak_flops: float) -> float:
-    """Share of the devices' peak that a measured rate is; NaN where the peak is not known."""
-    return tokens_per_s * flops_per_token / peak_flops if peak_flops > 0 else math.nan

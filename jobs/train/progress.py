@@ -1,11 +1,22 @@
 """What the person at the terminal sees of a training run, and what MLflow keeps of it, from the workers' events."""
 
 import math
+import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
-from pixellm.jobs.train.events import CheckpointEvent, Event, StartEvent, StatusEvent, StepRecord
+from pixellm.jobs.train.events import (
+    CheckpointEvent,
+    Event,
+    StartEvent,
+    StatusEvent,
+    StepRecord,
+    UploadEvent,
+    ValidationEvent,
+    WorkerPlace,
+)
 from pixellm.platform.observability import ProgressLine
 from pixellm.platform.tracking import Tracker
 
@@ -24,6 +35,12 @@ class TrainingView:
         has_started: whether a step has been finished by this process.
         last_checkpoint: folder of the newest checkpoint that was written.
         steps_repeated: steps done again after a fault.
+        steps_skipped: steps left out because a gradient was not finite.
+        recover_s: for each fault, seconds from the last step before it to the first one after it.
+        flops_per_token: of training; 0 where it is not known.
+        peak_flops: of one device per second; 0 where it is not known.
+        num_workers: of the group that trains now.
+        places: where they run, in rank order.
     """
 
     total_steps: int
@@ -33,7 +50,15 @@ class TrainingView:
     has_started: bool = False
     last_checkpoint: str | None = None
     steps_repeated: int = 0
+    steps_skipped: int = 0
+    recover_s: list[float] = field(default_factory=list)
+    flops_per_token: float = 0.0
+    peak_flops: float = 0.0
+    num_workers: int = 0
+    places: tuple[WorkerPlace, ...] = ()
     _recent: deque[StepRecord] = field(default_factory=lambda: deque(maxlen=_RATE_WINDOW))
+    _last_step_at: float | None = None
+    _is_recovering: bool = False
 
     def take(self, events: Sequence[Event]) -> None:
         """Shows and records events in the order they happened."""
@@ -44,6 +69,10 @@ class TrainingView:
                 self._take_checkpoint(event)
             elif isinstance(event, StartEvent):
                 self._take_start(event)
+            elif isinstance(event, ValidationEvent):
+                self._take_validation(event)
+            elif isinstance(event, UploadEvent):
+                self._take_upload(event)
             elif isinstance(event, StatusEvent):
                 self.note(event.text + " …")
         if events and isinstance(events[-1], StepRecord):
@@ -63,12 +92,18 @@ class TrainingView:
     def _take_step(self, record: StepRecord) -> None:
         if record.step <= self.step:
             self.steps_repeated += 1
-        self.step, self.has_started = record.step, True
+        now = time.monotonic()
+        if self._is_recovering and self._last_step_at is not None:
+            self.recover_s.append(now - self._last_step_at)
+            self._is_recovering = False
+            self.note(f"recovered in {self.recover_s[-1]:.1f} s")
+        self.step, self.has_started, self._last_step_at = record.step, True, now
         self._recent.append(record)
-        if self.tracker is not None:
-            self.tracker.log_metrics(_metrics(record), record.step)
         if not record.is_applied:
-            self.note(f"step {record.step} was left out: its gradients were not finite")
+            self.steps_skipped += 1
+            self.note(f"step {record.step} was left out: its gradients were not finite ({self.steps_skipped} so far)")
+        if self.tracker is not None:
+            self.tracker.log_metrics(_metrics(record) | {"steps_skipped": self.steps_skipped}, record.step)
 
     def _take_checkpoint(self, event: CheckpointEvent) -> None:
         if event.problem is not None:
@@ -83,11 +118,50 @@ class TrainingView:
         for problem in event.problems:
             self.note(f"warning: {problem}; the checkpoint before it is used")
         if self.has_started:
-            self.note(f"a worker was lost after step {self.step}; the group goes on from step {event.step}")
+            self.note(self._restarted(event))
+            self._is_recovering = True
         elif event.checkpoint is not None:
             self.note(f"going on from {event.checkpoint}")
+        self.num_workers, self.places = len(event.workers) or self.num_workers, event.workers
         self._recent.clear()
         self.last_checkpoint = event.checkpoint or self.last_checkpoint
+
+    def _restarted(self, event: StartEvent) -> str:
+        repeated = max(0, self.step - event.step)
+        then, now = self.num_workers, len(event.workers)
+        if now > then > 0:
+            why, size = "the group grows", f" with {now} workers instead of {then}"
+        else:
+            why, size = "a worker was lost", f" with {now} workers instead of {then}" if now < then else ""
+        return f"{why} after step {self.step}; it goes on from step {event.step}{size}, {repeated} steps are repeated"
+
+    def _take_validation(self, event: ValidationEvent) -> None:
+        figures = ", ".join(f"{name} {value:.4g}" for name, value in event.metrics.items() if name != "num_questions")
+        self.note(f"validation after step {event.step}: {figures}{' (best)' if event.is_best else ''}")
+        if self.tracker is None:
+            return
+        metrics = {f"val_{name}": value for name, value in event.metrics.items() if math.isfinite(value)}
+        self.tracker.log_metrics(metrics | {"val_s": event.seconds}, event.step)
+        if event.folder is not None and Path(event.folder).is_dir():
+            self.tracker.log_artifact(Path(event.folder), f"validation/{Path(event.folder).name}")
+
+    def _take_upload(self, event: UploadEvent) -> None:
+        if event.problem is not None:
+            self.note(
+                f"warning: the checkpoint of step {event.step} was not copied to {event.uri} in {event.attempts} "
+                f"attempts: {event.problem}; training goes on without this copy"
+            )
+        elif event.attempts > 1:
+            self.note(f"the checkpoint of step {event.step} was copied to {event.uri} at attempt {event.attempts}")
+        if self.tracker is not None and event.problem is None:
+            self.tracker.log_metrics({"upload_s": event.seconds}, event.step)
+
+    @property
+    def mfu(self) -> float:
+        """Share of the devices' peak over the last steps; NaN where the peak is not known."""
+        seconds, tokens = sum(r.step_s for r in self._recent), sum(r.num_tokens for r in self._recent)
+        peak = self.peak_flops * self.num_workers
+        return tokens / seconds * self.flops_per_token / peak if seconds and peak else math.nan
 
     def _draw(self, record: StepRecord) -> None:
         if self.line is None:
@@ -98,8 +172,11 @@ class TrainingView:
             **record.losses,
             "lr": record.lr,
             "grad": record.grad_norm,
+            "tokens/s": record.num_tokens / record.step_s if record.step_s else math.nan,
             "data wait %": 100 * wait_share,
         }
+        if not math.isnan(self.mfu):
+            values["MFU %"] = 100 * self.mfu
         rate = self.samples_per_s
         self.line.update(record.step, values, None if math.isnan(rate) else rate)
 

@@ -42,11 +42,14 @@ class TrainResult:
         model_dir: the finished model folder; None after an interruption.
         registered_version: of the model registry; None where nothing was registered.
         resumed_from: the step that this call went on from; None for a run from the start.
-        interrupted: whether Ctrl-C stopped it.
+        interrupted: whether Ctrl-C, SIGTERM or a node's pre-emption stopped it.
+        ended_early: whether validation found that nothing more is gained.
         already_finished: the run was finished before; this call changed nothing.
         checkpoint: folder of the newest checkpoint that this call wrote or started from.
         metrics: of the evaluation after training.
         promotion: what the gate said, in one sentence.
+        recover_s: for each fault, seconds from the last step before it to the first one after it.
+        steps_repeated: steps done again after faults.
     """
 
     run_id: str
@@ -60,6 +63,9 @@ class TrainResult:
     checkpoint: str | None = None
     metrics: dict[str, float] = field(default_factory=dict)
     promotion: str = ""
+    ended_early: bool = False
+    recover_s: list[float] = field(default_factory=list)
+    steps_repeated: int = 0
 
     def to_json_dict(self) -> dict[str, Any]:
         """Plain values for JSON; an unknown rate is null."""
@@ -79,7 +85,11 @@ class TrainResult:
             )
         else:
             rate = "" if math.isnan(self.samples_per_s) else f", {self.samples_per_s:.2f} samples/s"
-            lines.append(f"trained {self.steps} steps{rate}")
+            early = ", ended early: validation has reached its plateau" if self.ended_early else ""
+            lines.append(f"trained {self.steps} steps{rate}{early}")
+        if self.recover_s:
+            seconds = ", ".join(f"{value:.1f} s" for value in self.recover_s)
+            lines.append(f"faults: {len(self.recover_s)}, recovered in {seconds}; {self.steps_repeated} steps repeated")
         lines.append(f"model: {self.model_dir}")
         if self.metrics:
             lines.append("evaluation: " + ", ".join(f"{name} {value:.4g}" for name, value in self.metrics.items()))
@@ -115,14 +125,15 @@ def train(settings: Settings, *, progress: bool = True, fresh: bool = False) -> 
         digests = _digests(settings, sources)
         if state.state != "new":
             check_same_run(state, settings, digests)
-        if state.state == "finished" and state.step >= settings.train.steps:
+        is_at_end = state.step >= settings.train.steps or bool(state.result.get("ended_early"))
+        if state.state == "finished" and is_at_end:
             return TrainResult(**(state.result | {"already_finished": True, "samples_per_s": math.nan}))
         build_processor(settings)  # a preset or tokenizer that does not fit shows now
         line = stack.enter_context(ProgressLine(settings.train.steps)) if progress else None
         tracker = start_run(settings, run_id=state.run_id, data_digests=digests)
         view = TrainingView(settings.train.steps, line, tracker, step=state.step)
         stack.enter_context(_recording(tracker, folder, view))
-        is_trained = state.state == "trained" and state.step >= settings.train.steps
+        is_trained = state.state == "trained" and is_at_end
         folder.write(
             RunState("trained" if is_trained else "running", tracker.run_id, identity_of(settings), digests, state.step)
         )
@@ -215,6 +226,9 @@ def _finish(
         resumed_from=outcome.resumed_from,
         interrupted=outcome.interrupted,
         checkpoint=view.last_checkpoint or _newest_checkpoint(folder),
+        ended_early=outcome.ended_early,
+        recover_s=view.recover_s,
+        steps_repeated=view.steps_repeated,
     )
     if outcome.interrupted:
         return result

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pixellm.errors import CheckpointError
 from pixellm.jobs.train import ranks
@@ -16,6 +16,7 @@ from pixellm.jobs.train.checkpoints import (
     FileRecord,
     describe_file,
     optimizer_file,
+    random_file,
 )
 from pixellm.jobs.train.deepspeed_engine import TrainEngine
 from pixellm.jobs.train.optimizer_state import gather_weights, load_optimizer, save_optimizer
@@ -30,6 +31,8 @@ def save_snapshot(
     only_trainable: bool,
     config: dict[str, Any],
     code_version: str = "",
+    metrics: dict[str, float] | None = None,
+    plateau: dict[str, Any] | None = None,
 ) -> Path:
     """Writes a checkpoint; all ranks call it at the same step.
 
@@ -41,6 +44,8 @@ def save_snapshot(
         only_trainable: leave frozen weights out (they come from `model.init_from`).
         config: the resolved settings.
         code_version: of the running code.
+        metrics: of the validation after this step.
+        plateau: state of the search for a plateau.
 
     Returns:
         The checkpoint's folder.
@@ -59,6 +64,8 @@ def save_snapshot(
             files=tuple(record for part in records for record in part),
             config=config,
             code_version=code_version,
+            metrics=metrics or {},
+            plateau=plateau or {},
         )
         _, problem = _agree(lambda: folder.commit(Path(writing[0]), meta) if ranks.rank() == 0 else None)
     if problem is not None:
@@ -95,10 +102,15 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint, *, only_trainable: bo
 def load_optimizer_state(engine: TrainEngine, checkpoint: Checkpoint) -> None:
     """Fills a fresh engine's masters and moments; its model holds the checkpoint's weights already.
 
+    A group of another size leaves the random states aside: what a step draws does not depend on them.
+
     Raises:
         CheckpointError: see `load_optimizer`.
     """
     load_optimizer(engine, checkpoint.optimizer_paths)
+    path = checkpoint.path / random_file(ranks.rank(), ranks.world_size())
+    if path.is_file():
+        _set_random_state(path)
 
 
 def _write_part(engine: TrainEngine, folder: Path, only_trainable: bool) -> list[FileRecord]:
@@ -113,7 +125,25 @@ def _write_part(engine: TrainEngine, folder: Path, only_trainable: bool) -> list
         path = folder / optimizer_file(ranks.rank(), ranks.world_size())
         save_optimizer(engine, path)
         paths.append(path)
+    save_file(_random_state(), folder / random_file(ranks.rank(), ranks.world_size()))
+    paths.append(folder / random_file(ranks.rank(), ranks.world_size()))
     return [describe_file(path) for path in paths]
+
+
+def _random_state() -> dict[str, Tensor]:
+    state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def _set_random_state(path: Path) -> None:
+    from safetensors.torch import load_file
+
+    state = load_file(path)
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
 
 
 def _agree(action: Any) -> tuple[list[Any], str | None]:

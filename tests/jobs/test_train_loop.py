@@ -12,7 +12,7 @@ import pytest
 from pixellm.errors import DataError, PixelLMError
 from pixellm.jobs.train.deepspeed_engine import StepResult
 from pixellm.jobs.train.events import StepRecord
-from pixellm.jobs.train.loop import LoopResult, Prefetcher, PreparedBatch, prepare_batch, run_steps
+from pixellm.jobs.train.loop import LoopResult, Prefetcher, PreparedBatch, Wishes, prepare_batch, run_steps
 from pixellm.platform.settings import TrainSettings
 
 
@@ -48,7 +48,7 @@ def _run(
         TrainSettings(steps=steps, checkpoint_every=every, warmup_steps=2),
         start_step=start,
         on_step=records.append,
-        wants_stop=lambda: stop_after is not None and len(records) + 1 >= stop_after,
+        wishes=lambda: Wishes(stop_after is not None and len(records) + 1 >= stop_after, False),
         save=saved.append,
     )
     return result, records, saved, engine

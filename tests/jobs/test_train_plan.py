@@ -1,4 +1,4 @@
-"""The dry run: its numbers against hand-made ones and against a run that was really built; what cannot fit names a knob."""
+"""The dry run: its numbers against hand-made ones and a network that was really built; what cannot fit names a knob."""
 
 import json
 import time

@@ -92,6 +92,7 @@ def test_mlflow_gets_every_step_with_its_parts() -> None:
         "samples_per_s": 16.0,
         "tokens_per_s": 1600.0,
         "data_wait_s": 0.05,
+        "steps_skipped": 0,
     }
     assert tracker.tags["pixellm.last_checkpoint"] == "/runs/a/step-000002"
     assert view.last_checkpoint == "/runs/a/step-000002"
@@ -107,7 +108,9 @@ def test_faults_are_told_in_words() -> None:
     assert "going on from /runs/a/step-000004" in said
     assert "step 6 was left out" in said
     assert "warning: the disk is full; training goes on" in said
-    assert "a worker was lost after step 6; the group goes on from step 4" in said
+    assert "a worker was lost after step 6; it goes on from step 4, 2 steps are repeated" in said
+    assert len(view.recover_s) == 1
+    assert "recovered in" in said
     assert view.steps_repeated == 1
 
 
@@ -128,9 +131,10 @@ def test_the_channel_hands_events_over_once_and_keeps_the_first_fatal_error() ->
     channel.push(StatusEvent("b"))
     assert [event.text for event in channel.drain()] == ["a", "b"]  # type: ignore[union-attr]
     assert channel.drain() == []
-    assert not channel.is_stop_wanted()
+    assert channel.wishes() == (False, 0)
     channel.request_stop()
-    assert channel.is_stop_wanted()
+    channel.request_checkpoint()
+    assert channel.wishes() == (True, 1)
     channel.set_fatal(DataError("first"))
     channel.set_fatal(DataError("second"))
     assert str(channel.fatal()) == "first"

@@ -38,6 +38,9 @@ class RecordingLine:
     def is_stop_wanted(self) -> bool:
         return self._stop_after is not None and len(self.steps) + 1 >= self._stop_after
 
+    def is_checkpoint_wanted(self) -> bool:
+        return False
+
     def curve(self) -> dict[int, tuple[float, dict[str, float], float]]:
         return {record.step: (record.loss, record.losses, record.grad_norm) for record in self.steps}
 

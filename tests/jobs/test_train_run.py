@@ -54,6 +54,8 @@ def test_two_workers_train_register_and_go_on_as_one_process_would(
     assert sorted(record["name"] for record in meta["files"]) == [
         "optimizer-00000-of-00002.safetensors",
         "optimizer-00001-of-00002.safetensors",
+        "random-00000-of-00002.safetensors",
+        "random-00001-of-00002.safetensors",
         "weights.safetensors",
     ]
     PixelLMForConditionalGeneration.from_pretrained(result.model_dir)
