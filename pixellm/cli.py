@@ -380,15 +380,48 @@ def models_rollback(name: Annotated[str, typer.Option("--name")] = "pixellm", as
 @app.command(context_settings=_OVERRIDES)
 def serve(
     context: typer.Context,
-    model: ModelRef = "models:/pixellm@champion",
+    model: Annotated[
+        list[str] | None,
+        typer.Option("--model", help="models:/pixellm@champion when not given; several are served by their names"),
+    ] = None,
+    canary: Annotated[
+        list[str] | None, typer.Option("--canary", help="a share of the traffic: models:/pixellm@candidate=10%")
+    ] = None,
     host: Annotated[str | None, typer.Option("--host")] = None,
     port: Annotated[int | None, typer.Option("--port")] = None,
     config: Config = None,
 ) -> None:
-    """The HTTP API and the page, on autoscaled engine replicas. Ctrl-C stops it."""
+    """The HTTP API and the page, on autoscaled engine replicas; aliases are followed. Ctrl-C stops it."""
     from pixellm.serve.app import serve_forever
 
-    serve_forever(_settings(config, context), model, host=host, port=port)
+    models = model or ["models:/pixellm@champion"]
+    serve_forever(_settings(config, context), models, canaries=canary or [], host=host, port=port)
+
+
+@app.command()
+def query(
+    image: Path,
+    question: str,
+    url: Annotated[str, typer.Option("--url", help="a running service")] = "http://127.0.0.1:8000",
+    out: Annotated[Path | None, typer.Option("--out", help="folder for an overlay and a PNG per mask")] = None,
+    api_key: Annotated[str | None, typer.Option("--api-key", help="or the variable PIXELLM_API_KEY")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Asks a running service one question about a picture."""
+    from pixellm.serve.query import query as ask
+
+    report = ask(image, question, url=url, out_dir=out, api_key=api_key)
+    _print(report.to_json_dict(), report.to_text(), as_json)
+
+
+@app.command()
+def key(name: Annotated[str, typer.Argument(help="who it is for")], as_json: AsJson = False) -> None:
+    """Makes an API key for a service, and the line with its hash for serve.api_keys_file."""
+    from pixellm.serve.auth import new_key
+
+    secret, line = new_key(name)
+    text = f"key, shown this once:       {secret}\nline for the key file:      {line}"
+    _print({"key": secret, "line": line}, text, as_json)
 
 
 @app.command(context_settings=_OVERRIDES | {"allow_interspersed_args": False})
