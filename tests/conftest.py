@@ -33,7 +33,12 @@ def ray_cluster() -> Iterator[str]:
     import ray
 
     context = ray.init(
-        num_cpus=4, include_dashboard=True, dashboard_port=0, log_to_driver=False, configure_logging=False
+        address="local",  # never one that runs on this machine already
+        num_cpus=4,
+        include_dashboard=True,
+        dashboard_port=0,
+        log_to_driver=False,
+        configure_logging=False,
     )
     yield context.address_info["address"]
     ray.shutdown()
