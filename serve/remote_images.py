@@ -14,6 +14,7 @@ import httpx
 from pixellm.errors import BadRequestError
 
 _MAX_REDIRECTS = 3
+_NAT64 = ipaddress.ip_network("64:ff9b::/96")  # a gateway's way to any IPv4 address
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 
 
@@ -23,6 +24,8 @@ def is_public(address: str) -> bool:
     mapped = getattr(ip, "ipv4_mapped", None) or getattr(ip, "sixtofour", None)
     if mapped is not None:
         ip = mapped
+    if ip in _NAT64:
+        return False
     return ip.is_global and not ip.is_multicast
 
 

@@ -72,7 +72,9 @@ def _exporter(mode: str) -> Any:
 
         return ConsoleSpanExporter()
     try:
-        from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+        from opentelemetry.exporter.otlp.proto.http.trace_exporter import (  # type: ignore[import-not-found]
+            OTLPSpanExporter,
+        )
     except ImportError:
         raise ConfigError(
             "serve.tracing=otlp needs the exporter: pip install opentelemetry-exporter-otlp-proto-http"

@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,18 +18,29 @@ import httpx
 import numpy as np
 import openai
 import pytest
+from pictures import picture_bytes
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from talking_model import FOLLOW_UP, LONG, TWO_THINGS
 
 from pixellm import PixelLMClient, PixelLMEngine
 from pixellm.errors import BadRequestError, ModelLoadError, ServingError
-from pixellm.platform.settings import ServeSettings
+from pixellm.model.engine.golden_example import write_golden_example
+from pixellm.platform.registry import set_alias
+from pixellm.platform.settings import ServeSettings, TrackingSettings
+from pixellm.platform.tracking import connect_store, store_address
 from pixellm.serve.app import ServiceHandle, deploy
 from pixellm.serve.client import RemoteResult, RemoteTarget, RemoteText
 
 APP = f"tests-{os.getpid()}"
 SETTINGS = ServeSettings(
-    max_replicas=1, max_ongoing_requests=3, max_queued_requests=3, max_new_tokens=128, request_timeout_s=120
+    max_replicas=1,
+    max_ongoing_requests=3,
+    max_queued_requests=3,
+    max_new_tokens=128,
+    request_timeout_s=120,
+    watch_period_s=0.5,
+    drain_s=2,
 )
 
 
@@ -73,8 +85,29 @@ def test_a_reference_or_port_that_cannot_be_used_is_refused_before_anything_star
 
 
 @pytest.fixture(scope="module")
-def service(ray_cluster: str, talking_model: Path) -> Iterator[ServiceHandle]:
-    with deploy(SETTINGS, str(talking_model), port=free_port(), app_name=APP) as handle:
+def registry(talking_model: Path, tmp_path_factory: pytest.TempPathFactory) -> TrackingSettings:
+    """A registry with three versions of one model: 1 is champion, 2 has another model's weights, 3 is sound."""
+    root = tmp_path_factory.mktemp("registry")
+    tracking = TrackingSettings(root=str(root / "store"))
+    client = connect_store(store_address(tracking))
+    client.create_registered_model("talking")
+    with PixelLMEngine.from_pretrained(talking_model) as engine:
+        write_golden_example(talking_model, engine, picture_bytes(64, 48), "What?")
+    for version in (1, 2, 3):
+        source = root / f"version-{version}"
+        shutil.copytree(talking_model, source / "model")
+        (source / "MLmodel").write_text("flavors: {python_function: {artifacts: {model: {path: model}}}}\n")
+        client.create_model_version("talking", str(source))
+    weights = load_file(root / "version-2" / "model" / "model.safetensors")
+    weights["lm_head.weight"] = -weights["lm_head.weight"]
+    save_file(weights, root / "version-2" / "model" / "model.safetensors", {"format": "pt"})
+    set_alias("talking", "champion", 1, tracking)
+    return tracking
+
+
+@pytest.fixture(scope="module")
+def service(ray_cluster: str, registry: TrackingSettings) -> Iterator[ServiceHandle]:
+    with deploy(SETTINGS, "models:/talking@champion", port=free_port(), app_name=APP, tracking=registry) as handle:
         yield handle
 
 
@@ -137,7 +170,7 @@ def test_an_answer_over_http_is_the_engines_own(client: PixelLMClient, talking_m
         assert ours.box_xyxy == theirs.box_xyxy
         assert ours.score == pytest.approx(theirs.score, abs=1e-3)
     assert result.usage["completion_tokens"] == expected.usage.completion_tokens
-    assert (result.model, result.model_version, result.finish_reason) == ("talking", "folder", "stop")
+    assert (result.model, result.model_version, result.finish_reason) == ("talking", "1", "stop")
 
 
 def test_a_conversation_and_a_stream_say_the_same(client: PixelLMClient, photo_path: Path) -> None:
@@ -210,8 +243,11 @@ def test_the_page_health_and_metrics_are_served(service: ServiceHandle) -> None:
     assert "<title>pixellm</title>" in page.text
     ready = httpx.get(f"{service.url}/readyz", timeout=30)
     assert ready.json()["replicas"] == 1
-    assert ready.headers["X-Model-Version"] == "folder"
+    assert ready.headers["X-Model-Version"] == "1"
+    assert len(ready.headers.get_list("X-Request-ID")) == 1
     assert metric(service, "pixellm_targets_total") > 0
+    assert metric(service, "pixellm_picture_cache_hits_total") > 0
+    assert metric(service, "pixellm_cold_starts_total") == 1
 
 
 def test_beyond_the_queue_questions_are_refused_at_once_with_a_time_to_come_back(
@@ -275,6 +311,41 @@ def test_questions_in_flight_on_a_killed_replica_are_answered_all_the_same(
         assert [answer.result().text for answer in answers] == [LONG[1]] * 2
     assert metric(service, "pixellm_retries_total") == 2
     assert pid not in replica_pids()
+
+
+def test_the_champion_moves_without_a_failed_question_and_a_bad_version_never_serves(
+    service: ServiceHandle, client: PixelLMClient, registry: TrackingSettings, photo_path: Path
+) -> None:
+    image, versions, is_over = photo_path.read_bytes(), [], threading.Event()
+
+    def keep_asking() -> None:
+        while not is_over.is_set():
+            result = client.segment(image, TWO_THINGS[0])  # raises where it fails
+            assert result.text == TWO_THINGS[1]
+            versions.append(result.model_version)
+
+    def track() -> dict[str, Any]:
+        state: dict[str, Any] = httpx.get(f"{service.url}/readyz", timeout=30).json()["tracks"][0]
+        return state
+
+    with ThreadPoolExecutor(1) as pool:
+        asking = pool.submit(keep_asking)
+        try:
+            set_alias("talking", "champion", 2, registry)
+            wait_for(lambda: track()["failed"], "the refusal of version 2")
+            assert "golden example" in track()["failed"][0]["reason"]
+            assert track()["serving"] == "1"
+            assert metric(service, "pixellm_model_failed") == 1
+            set_alias("talking", "champion", 3, registry)
+            wait_for(lambda: versions[-1:] == ["3"], "an answer of version 3")
+            wait_for(lambda: len(replica_pids()) == 1, "the end of version 1's replica")
+            asked = len(versions)
+            wait_for(lambda: len(versions) > asked, "one more answer")
+        finally:
+            is_over.set()
+        asking.result()
+    assert versions == sorted(versions)
+    assert set(versions) == {"1", "3"}
 
 
 def test_stopping_answers_what_is_open_and_leaves_nothing_listening(

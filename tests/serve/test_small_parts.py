@@ -1,7 +1,9 @@
 """Pure judgements: a stuck engine, a taken port, which model a name means, metrics."""
 
 import os
+import re
 import socket
+from pathlib import Path
 
 import pytest
 
@@ -46,6 +48,18 @@ def test_a_model_answers_to_its_name_its_version_and_the_reference_it_was_asked_
     assert all(card.answers_to(name) for name in names)
     assert not card.answers_to("pixellm/2")
     assert not card.answers_to("gpt-4o")
+
+
+def test_the_dashboard_asks_only_for_metrics_that_exist() -> None:
+    board = Path(__file__).parents[2] / "deploy" / "grafana" / "pixellm-serving.json"
+    asked = set(re.findall(r"pixellm_\w+", " ".join(re.findall(r'"expr": (".*")', board.read_text()))))
+    known = {
+        f"{family.name}{suffix}"
+        for family in ServiceMetrics().registry.collect()
+        for suffix in ("", "_total", "_bucket")
+    }
+    assert len(asked) > 15
+    assert asked <= known
 
 
 def test_metrics_are_prometheus_text() -> None:
