@@ -191,7 +191,8 @@ def _exclusive(out: Path) -> Iterator[None]:
 
 
 def _prepare(settings: Settings, out: Path, figures: list[str]) -> Settings:
-    from pixellm.jobs.prepare import DEMO_DATA, prepare_demo, stats
+    from pixellm.jobs.data_stats import stats
+    from pixellm.jobs.prepare import DEMO_DATA, prepare_demo
     from pixellm.platform.data.contact_sheet import draw_contact_sheet
     from pixellm.platform.data.shards import open_shards
 

@@ -6,7 +6,7 @@ The words in an answer that belong to a mask carry its colour, so that a wrong p
 import colorsys
 import importlib.util
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +28,11 @@ _TITLE_PX = 12
 _INK = (30, 30, 34)
 _GREY = (120, 120, 128)
 
-_MARKER_WORD = "\0"
+#: Stands in a coloured answer for the mask itself.
+MARKER_WORD = "\0"
+
+#: Where a row can give such a question, it is what the row is about.
+_TELLING_GROUPS: tuple[Group, ...] = ("muse", "referring")
 
 Color = tuple[int, int, int]
 _Font = ImageFont.ImageFont | ImageFont.FreeTypeFont
@@ -43,13 +47,7 @@ def draw_contact_sheet(datasets: Sequence[ShardedDataset], out_png: Path, count:
         count: samples, at most.
         seed: of the composed questions.
     """
-    places = [(dataset, number) for dataset in datasets for number in range(len(dataset))]
-    chosen = np.unique(np.linspace(0, len(places) - 1, min(count, len(places))).round().astype(int))
-    cells = []
-    for position, place in enumerate(chosen):
-        dataset, number = places[int(place)]
-        row = dataset.read_row(number)
-        cells.append(draw_sample(row, _some_dialogue(row, position, seed)))
+    cells = [draw_sample(row, dialogue) for row, dialogue in choose_samples(datasets, count, seed=seed)]
     columns = min(_COLUMNS, len(cells))
     step_x, step_y = _CELL_WIDTH + _MARGIN, _PICTURE_HEIGHT + _TEXT_HEIGHT + _MARGIN
     rows = -(-len(cells) // columns)
@@ -61,17 +59,50 @@ def draw_contact_sheet(datasets: Sequence[ShardedDataset], out_png: Path, count:
     return out_png
 
 
+def choose_samples(
+    datasets: Sequence[ShardedDataset], count: int, *, seed: int = 0
+) -> Iterator[tuple[Row, Dialogue | None]]:
+    """Yields at most `count` samples spread evenly over the datasets, each with a question (None if it has none)."""
+    places = [(dataset, number) for dataset in datasets for number in range(len(dataset))]
+    chosen = np.unique(np.linspace(0, len(places) - 1, min(count, len(places))).round().astype(int))
+    for position, place in enumerate(chosen):
+        dataset, number = places[int(place)]
+        row = dataset.read_row(number)
+        yield row, _some_dialogue(row, position, seed)
+
+
 def draw_sample(row: Row, dialogue: Dialogue | None) -> Image.Image:
     """One cell: the picture with the masks that the dialogue asks for (all of them without one), and its text."""
     cell = Image.new("RGB", (_CELL_WIDTH, _PICTURE_HEIGHT + _TEXT_HEIGHT), "white")
-    indices = dialogue.target_indices if dialogue else tuple(range(len(row.targets)))
-    colors = palette(len(indices))
-    photo = ImageOps.exif_transpose(Image.open(io.BytesIO(row.image))).convert("RGB")
-    painted = paint_masks(np.asarray(photo), [rle_decode(row.targets[index].mask) for index in indices], colors)
-    picture = ImageOps.contain(Image.fromarray(painted), (_CELL_WIDTH, _PICTURE_HEIGHT))
+    picture = ImageOps.contain(paint_sample(row, dialogue), (_CELL_WIDTH, _PICTURE_HEIGHT))
     cell.paste(picture, ((_CELL_WIDTH - picture.width) // 2, 0))
-    _write_text(ImageDraw.Draw(cell), row, dialogue, colors)
+    _write_text(ImageDraw.Draw(cell), row, dialogue)
     return cell
+
+
+def paint_sample(row: Row, dialogue: Dialogue | None) -> Image.Image:
+    """The picture at its own size with the masks that the dialogue asks for; all of the row's without a dialogue."""
+    indices = dialogue.target_indices if dialogue else tuple(range(len(row.targets)))
+    photo = ImageOps.exif_transpose(Image.open(io.BytesIO(row.image))).convert("RGB")
+    masks = [rle_decode(row.targets[index].mask) for index in indices]
+    return Image.fromarray(paint_masks(np.asarray(photo), masks, palette(len(indices))))
+
+
+def sample_title(row: Row, dialogue: Dialogue | None) -> str:
+    """A line that says which picture it is, and what kind of question is asked."""
+    kind = dialogue.kind if dialogue else "no question"
+    return f"{row.source} {row.image_id} · {kind} · {row.width}×{row.height}"
+
+
+def coloured_turns(row: Row, dialogue: Dialogue | None) -> list[tuple[str, list[tuple[str, Color | None]]]]:
+    """Each question with its answer's words; a target's name and `MARKER_WORD` have the colour of its mask."""
+    colors = palette(len(dialogue.target_indices)) if dialogue else []
+    turns: list[tuple[str, list[tuple[str, Color | None]]]] = []
+    for turn in dialogue.turns if dialogue else ():
+        of_turn, colors = colors[: len(turn.target_indices)], colors[len(turn.target_indices) :]
+        names = [row.targets[index].phrase for index in turn.target_indices]
+        turns.append((turn.question, _coloured_words(turn.answer, names, of_turn)))
+    return turns
 
 
 def paint_masks(
@@ -97,11 +128,13 @@ def palette(count: int) -> list[Color]:
 
 
 def _some_dialogue(row: Row, position: int, seed: int) -> Dialogue | None:
-    """The row's reasoning question, or else referring questions and plain ones in turn over the sheet."""
-    limits = ComposeLimits(max_targets=5, min_target_share=0.005)
-    kinds: tuple[Group, ...] = (
-        ("muse",) if can_compose(row, "muse", limits) else ("segmentation", "segmentation", "vqa")
-    )
+    """The row's reasoning question, or one by its expressions, or else questions by name and plain ones in turn."""
+    limits = ComposeLimits(max_targets=6, max_questions=2, min_target_share=0.001)
+    kinds: tuple[Group, ...] = ("segmentation", "segmentation", "vqa")
+    for written in _TELLING_GROUPS:
+        if can_compose(row, written, limits):
+            kinds = (written,)
+            break
     usable = [kind for kind in kinds if can_compose(row, kind, limits)]
     if not usable:
         return None
@@ -117,37 +150,33 @@ def _outline(mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
     return mask & ~core
 
 
-def _write_text(draw: ImageDraw.ImageDraw, row: Row, dialogue: Dialogue | None, colors: list[Color]) -> None:
+def _write_text(draw: ImageDraw.ImageDraw, row: Row, dialogue: Dialogue | None) -> None:
     font, title = _font(_FONT_PX), _font(_TITLE_PX)
     top = _PICTURE_HEIGHT + 4
-    kind = dialogue.kind if dialogue else "no question"
-    draw.text((0, top), f"{row.source} {row.image_id} · {kind} · {row.width}×{row.height}", _GREY, font=title)
+    draw.text((0, top), sample_title(row, dialogue), _GREY, font=title)
     top += _TITLE_PX + 6
-    used = 0
-    for turn in dialogue.turns if dialogue else ():
-        top = _flow(draw, [(word, _GREY) for word in f"Q: {turn.question}".split()], top, font)
-        turn_colors = colors[used : used + len(turn.target_indices)]
-        used += len(turn.target_indices)
-        names = [row.targets[index].phrase for index in turn.target_indices]
-        top = _flow(draw, _coloured_words(turn.answer, names, turn_colors), top + 2, font) + 4
+    for question, answer in coloured_turns(row, dialogue):
+        top = _flow(draw, [(word, _GREY) for word in f"Q: {question}".split()], top, font)
+        inked = [(word, color or _INK) for word, color in answer]
+        top = _flow(draw, [("A:", _INK), *inked], top + 2, font) + 4
 
 
-def _coloured_words(answer: str, names: list[str], colors: list[Color]) -> list[tuple[str, Color]]:
+def _coloured_words(answer: str, names: list[str], colors: list[Color]) -> list[tuple[str, Color | None]]:
     """The answer's words; a target's name and its marker take the colour of its mask.
 
     The name is looked for before the marker; where the answer words it differently, only the marker is coloured.
     """
-    words: list[tuple[str, Color]] = [("A:", _INK)]
+    words: list[tuple[str, Color | None]] = []
     *named_pieces, rest = answer.split(SEG_MARKER)
     for piece, name, color in zip(named_pieces, names, colors, strict=True):
         start = piece.lower().rfind(name.lower())
         end = start + len(name) if start >= 0 else 0
         start = max(start, 0)
-        words += [(word, _INK) for word in piece[:start].split()]
+        words += [(word, None) for word in piece[:start].split()]
         words += [(word, color) for word in piece[start:end].split()]
-        words += [(word, _INK) for word in piece[end:].split()]
-        words.append((_MARKER_WORD, color))
-    return words + [(word, _INK) for word in rest.split()]
+        words += [(word, None) for word in piece[end:].split()]
+        words.append((MARKER_WORD, color))
+    return words + [(word, None) for word in rest.split()]
 
 
 def _flow(draw: ImageDraw.ImageDraw, words: list[tuple[str, Color]], top: int, font: _Font) -> int:
@@ -156,7 +185,7 @@ def _flow(draw: ImageDraw.ImageDraw, words: list[tuple[str, Color]], top: int, f
     left = 0.0
     space = draw.textlength(" ", font=font)
     for word, color in words:
-        width = 0.8 * _FONT_PX if word == _MARKER_WORD else draw.textlength(word, font=font)
+        width = 0.8 * _FONT_PX if word == MARKER_WORD else draw.textlength(word, font=font)
         if word[0] in ".,;:!?" and left:
             left -= space
         elif left and left + width > _CELL_WIDTH:
@@ -164,7 +193,7 @@ def _flow(draw: ImageDraw.ImageDraw, words: list[tuple[str, Color]], top: int, f
         if top + line_height > _PICTURE_HEIGHT + _TEXT_HEIGHT:
             draw.text((_CELL_WIDTH - 14, top - line_height), "…", _INK, font=font)
             return top
-        if word == _MARKER_WORD:
+        if word == MARKER_WORD:
             draw.rectangle((left, top + 4, left + width - 1, top + 3 + width), fill=color)
         else:
             draw.text((left, top), word, color, font=font)
