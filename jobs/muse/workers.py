@@ -5,6 +5,7 @@ through the one ledger, which in a cluster is an actor on the machine that has t
 """
 
 import asyncio
+import logging
 import math
 import pickle
 from collections.abc import Callable, Iterator, Sequence
@@ -84,6 +85,7 @@ def ask_in_actors(plan: AskPlan, place: LedgerPlace, rows: Sequence[int], on_don
     """
     import ray.data  # slow
 
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # it announces every dataset on the terminal
     with _ledger_actor(place) as ledger:
         share = replace(plan, concurrency=math.ceil(plan.concurrency / actors))
         per_block = max(1, min(_BLOCK_ROWS, math.ceil(len(rows) / actors)))
