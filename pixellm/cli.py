@@ -14,6 +14,7 @@ import typer
 
 from pixellm import __version__
 from pixellm.errors import ConfigError, PixelLMError
+from pixellm.muse_commands import muse_app
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__.split("\n")[0]
@@ -22,7 +23,6 @@ data_app = typer.Typer(no_args_is_help=True, help="Prepare datasets as shards, a
 models_app = typer.Typer(no_args_is_help=True, help="The model registry: list, show, promote, rollback.")
 jobs_app = typer.Typer(no_args_is_help=True, help="Jobs on a cluster: list, status, logs, stop.")
 convert_app = typer.Typer(no_args_is_help=True, help="Turn other checkpoints into pixellm model folders.")
-muse_app = typer.Typer(no_args_is_help=True, help="Make a MUSE-style dataset, and look it through.")
 app.add_typer(data_app, name="data")
 app.add_typer(muse_app, name="muse")
 app.add_typer(models_app, name="models")
