@@ -28,6 +28,67 @@ MULTI_QUESTIONS = (
     "Could you cut out {objects} from this picture?",
 )
 
+#: A class of things or stuff as a whole ("the sky"), or a part ("the handle of the mug").
+CLASS_QUESTIONS = (
+    "Can you segment {objects} in this image?",
+    "Segment {objects} as a whole.",
+    "Where in the picture is {objects}?",
+    "Please give me one mask that covers {objects}.",
+    "Label every pixel that shows {objects}.",
+    "Which part of the image is {objects}?",
+    "Mask out {objects}, please.",
+    "I want to know which pixels are {objects}.",
+    "Select {objects}.",
+    "Separate {objects} from the rest of the picture.",
+)
+
+#: Several classes or parts at once.
+CLASSES_QUESTIONS = (
+    "Can you segment {objects} in this image?",
+    "Divide the picture: {objects}.",
+    "Please give me one mask each for {objects}.",
+    "Label the pixels of {objects}.",
+    "Mask out {objects}, one after the other.",
+    "Show which regions are {objects}.",
+    "Select {objects}, separately.",
+    "I need to tell {objects} apart.",
+)
+
+#: One thing described by a referring expression.
+REFERRING_QUESTIONS = (
+    "Please segment {objects}.",
+    "Can you point out {objects}?",
+    "Which one is {objects}? Mark it.",
+    "Where is {objects}?",
+    "Segment this: {objects}.",
+    "Find {objects} and outline it.",
+    "I mean {objects}. Can you show me the mask?",
+    "Look for {objects} in this photo.",
+    "Highlight {objects}, please.",
+    "Show me exactly {objects}.",
+)
+
+#: Several things, each described by an expression.
+REFERRINGS_QUESTIONS = (
+    "Please segment {objects}.",
+    "Can you point out {objects}?",
+    "Mark each of these: {objects}.",
+    "Find {objects} and outline them.",
+    "Where are {objects}?",
+    "Highlight {objects}, each on its own.",
+    "Look for {objects} in this photo.",
+    "I need masks of {objects}.",
+)
+
+#: The answer where the picture does not hold what was asked for.
+ABSENT_ANSWERS = (
+    "I cannot see {named} in this picture.",
+    "There is nothing here that would be {named}.",
+    "This picture does not show {named}.",
+    "{Named}? No, not in this image.",
+    "I looked for {named} and found nothing.",
+)
+
 #: The answer to a question for one target. The name stands directly before its group: a small network then sees it at
 #: the very position that predicts the group (EXPERIMENTS.md, "Names beside their groups").
 SINGLE_ANSWERS = (

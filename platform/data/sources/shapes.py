@@ -175,9 +175,9 @@ def _named(shapes: Sequence[Shape]) -> Iterator[Ask]:
 
 def _by_attribute(shapes: Sequence[Shape]) -> Iterator[Ask]:
     for color in COLORS:
-        yield Ask("color", f"the {color} objects", _where(shapes, lambda shape, color=color: shape.color == color))
+        yield Ask("color", f"the {color} objects", _colored(shapes, color))
     for kind in KINDS:
-        yield Ask("shape", f"the {plural(kind)}", _where(shapes, lambda shape, kind=kind: shape.kind == kind))
+        yield Ask("shape", f"the {plural(kind)}", _formed(shapes, kind))
 
 
 def _by_side(shapes: Sequence[Shape]) -> Iterator[Ask]:
@@ -194,19 +194,20 @@ def _by_side(shapes: Sequence[Shape]) -> Iterator[Ask]:
 def _by_likeness(shapes: Sequence[Shape]) -> Iterator[Ask]:
     """Everything of a shape's colour (or form), which the words do not say: it must be looked up in the picture."""
     for index, anchor in enumerate(shapes):
-        if len(_where(shapes, lambda shape, anchor=anchor: shape.kind == anchor.kind)) == 1:
-            alike = _where(shapes, lambda shape, anchor=anchor: shape.color == anchor.color and shape != anchor)
+        same_color, same_kind = _colored(shapes, anchor.color), _formed(shapes, anchor.kind)
+        if len(same_kind) == 1:
+            alike = tuple(other for other in same_color if other != index)
             yield Ask("same color", f"the objects with the same color as the {anchor.kind}", alike, (index,))
-        if len(_where(shapes, lambda shape, anchor=anchor: shape.color == anchor.color)) == 1:
-            alike = _where(shapes, lambda shape, anchor=anchor: shape.kind == anchor.kind and shape != anchor)
+        if len(same_color) == 1:
+            alike = tuple(other for other in same_kind if other != index)
             yield Ask("same shape", f"the objects with the same shape as the {anchor.color} one", alike, (index,))
 
 
 def _by_size(shapes: Sequence[Shape]) -> Iterator[Ask]:
     """The largest and the smallest, of all or of one colour or shape, where one is clearly so."""
     groups = {"object": tuple(range(len(shapes)))}
-    groups |= {f"{color} object": _where(shapes, lambda shape, color=color: shape.color == color) for color in COLORS}
-    groups |= {kind: _where(shapes, lambda shape, kind=kind: shape.kind == kind) for kind in KINDS}
+    groups |= {f"{color} object": _colored(shapes, color) for color in COLORS}
+    groups |= {kind: _formed(shapes, kind) for kind in KINDS}
     for words, members in groups.items():
         if len(members) < 2:
             continue
@@ -222,8 +223,12 @@ def _draw(rng: np.random.Generator, weights: Sequence[float]) -> int:
     return int(rng.choice(len(shares), p=shares))
 
 
-def _where(shapes: Sequence[Shape], condition: Callable[[Shape], bool]) -> tuple[int, ...]:
-    return tuple(index for index, shape in enumerate(shapes) if condition(shape))
+def _colored(shapes: Sequence[Shape], color: str) -> tuple[int, ...]:
+    return tuple(index for index, shape in enumerate(shapes) if shape.color == color)
+
+
+def _formed(shapes: Sequence[Shape], kind: str) -> tuple[int, ...]:
+    return tuple(index for index, shape in enumerate(shapes) if shape.kind == kind)
 
 
 def _target(number: int, shape: Shape, mask: npt.NDArray[np.bool_]) -> Target:
