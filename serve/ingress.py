@@ -13,6 +13,7 @@ from fastapi import FastAPI, Response
 from pydantic.json_schema import models_json_schema
 from starlette.types import ASGIApp
 
+import pixellm.platform.data
 from pixellm import __version__
 from pixellm.platform.settings import ServeSettings
 from pixellm.serve.access_log import AccessLog
@@ -38,8 +39,9 @@ _PAGE_TYPES = {
     ".css": "text/css",
     ".js": "text/javascript",
     ".svg": "image/svg+xml",
-    ".jpg": "image/jpeg",
 }
+_DEMO_PHOTOS = Path(pixellm.platform.data.__file__).parent / "demo" / "images"
+_EXAMPLES = {"cat": "000000196393.jpg", "bananas": "000000269314.jpg", "desk": "000000516008.jpg"}
 _PAGE_POLICY = (
     "default-src 'self'; img-src 'self' data: blob:; style-src 'self'; script-src 'self'; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -161,6 +163,10 @@ def _add_page(app: FastAPI) -> None:
             continue
         path = "/" if file.name == "index.html" else f"/page/{file.name}"
         route = _page_route(file.read_bytes(), _PAGE_TYPES[file.suffix])
+        app.add_api_route(path, route, methods=["GET"], response_model=None, include_in_schema=False)
+    for name, photo in _EXAMPLES.items():  # CC BY 2.0; ATTRIBUTION.md beside them, and the page names the source
+        route = _page_route((_DEMO_PHOTOS / photo).read_bytes(), "image/jpeg")
+        path = f"/page/example-{name}.jpg"
         app.add_api_route(path, route, methods=["GET"], response_model=None, include_in_schema=False)
 
 

@@ -9,15 +9,39 @@ export class ApiError extends Error {
   }
 }
 
-export async function servedModel() {
-  const response = await fetch("v1/models");
+const KEY = "pixellm-key";
+
+/** Keeps an API key for this tab. */
+export function useKey(key) {
+  sessionStorage.setItem(KEY, key);
+}
+
+function headers(extra = {}) {
+  const key = sessionStorage.getItem(KEY);
+  return key ? { ...extra, Authorization: `Bearer ${key}` } : extra;
+}
+
+/** The default model, and what the service offers besides: {model, features}. */
+export async function service() {
+  const response = await fetch("v1/models", { headers: headers() });
   if (!response.ok) throw await errorOf(response);
-  return (await response.json()).data[0];
+  const { data, features } = await response.json();
+  return { model: data[0], features: features ?? {} };
+}
+
+/** Sends verdicts about an answer. */
+export async function sendFeedback(body) {
+  const response = await fetch("v1/feedback", {
+    method: "POST",
+    headers: headers({ "Content-Type": "application/json" }),
+    body: JSON.stringify(body),
+  });
+  if (!response.ok) throw await errorOf(response);
 }
 
 /**
  * Asks a question about a picture and hands on what comes:
- * onText(words), onTarget(target), and resolves with {finishReason, modelVersion}.
+ * onText(words), onTarget(target), and resolves with {id, finishReason, modelVersion}.
  */
 export async function ask({ model, imageUrl, history, prompt, signal, onText, onTarget }) {
   const picture = { type: "image_url", image_url: { url: imageUrl } };
@@ -27,7 +51,7 @@ export async function ask({ model, imageUrl, history, prompt, signal, onText, on
   try {
     response = await fetch("v1/chat/completions", {
       method: "POST",
-      headers: { "Content-Type": "application/json" },
+      headers: headers({ "Content-Type": "application/json" }),
       body: JSON.stringify({ model, messages: turns, stream: true, mask_format: "rle" }),
       signal,
     });
@@ -36,7 +60,7 @@ export async function ask({ model, imageUrl, history, prompt, signal, onText, on
     throw new ApiError("The service cannot be reached. Is it still running?");
   }
   if (!response.ok) throw await errorOf(response);
-  let finishReason = null, isDone = false;
+  let id = null, finishReason = null, isDone = false;
   for await (const data of serverSentEvents(response.body)) {
     if (data === "[DONE]") {
       isDone = true;
@@ -44,6 +68,7 @@ export async function ask({ model, imageUrl, history, prompt, signal, onText, on
     }
     const chunk = JSON.parse(data);
     if (chunk.error) throw new ApiError(chunk.error.message);
+    id = chunk.id;
     for (const { delta, finish_reason: reason } of chunk.choices) {
       if (delta.content) onText(delta.content);
       for (const target of delta.segmentation?.targets ?? []) onTarget(target);
@@ -51,7 +76,7 @@ export async function ask({ model, imageUrl, history, prompt, signal, onText, on
     }
   }
   if (!isDone) throw new ApiError("The answer broke off: the service or the connection went away.");
-  return { finishReason, modelVersion: response.headers.get("X-Model-Version") };
+  return { id, finishReason, modelVersion: response.headers.get("X-Model-Version") };
 }
 
 function user(content) {

@@ -76,6 +76,13 @@ export class Overlay {
     return hits.length ? hits[0].target.index : null;
   }
 
+  /** The visible masks as one opaque shape. */
+  drawShape(canvas) {
+    const context = canvas.getContext("2d");
+    context.imageSmoothingEnabled = false;
+    for (const { isVisible, image } of this.layers) if (isVisible) context.drawImage(image.fill, 0, 0, canvas.width, canvas.height);
+  }
+
   draw(canvas = this.canvas) {
     const context = canvas.getContext("2d");
     if (canvas === this.canvas) context.clearRect(0, 0, canvas.width, canvas.height);

@@ -1,15 +1,19 @@
 // The page: one picture, a conversation about it, and masks tied to the words that name them.
 
-import { ApiError, ask, servedModel } from "./api.js";
+import { ApiError, ask, sendFeedback, service, useKey } from "./api.js";
 import { Overlay, cssColour } from "./overlay.js";
+import { saveCutout, savePng, saveRle } from "./saving.js";
 import { renderAnswer } from "./words.js";
 
 const $ = (id) => document.getElementById(id);
 const overlay = new Overlay($("overlay"));
+const MOST_EARLIER = 12;
 
 const state = {
   model: null,
-  picture: null, // {url, name, width, height}
+  features: {},
+  picture: null, // {url, name, width, height, turns, messages}
+  earlier: [], // pictures asked about in this tab, this one included
   turns: [], // {question, answer, targets, element, isComplete}
   shown: null, // the turn whose masks are on the picture
   abort: null, // while an answer is coming
@@ -29,18 +33,59 @@ async function takePicture(file) {
   } catch {
     return say(`This browser cannot show “${file.name}”. It may be damaged; try a JPEG or PNG.`);
   }
-  state.picture = { url, name: file.name.replace(/\.[^.]*$/, "") || "picture", width: image.naturalWidth, height: image.naturalHeight };
-  state.turns = [];
-  state.shown = null;
-  $("messages").replaceChildren();
-  $("drop").hidden = true;
-  $("figure").style.setProperty("--ratio", String(image.naturalWidth / image.naturalHeight));
+  const name = file.name.replace(/\.[^.]*$/, "") || "picture";
+  const picture = { url, name, width: image.naturalWidth, height: image.naturalHeight, turns: [], messages: [] };
+  state.earlier = [picture, ...state.earlier].slice(0, MOST_EARLIER);
+  showPicture(picture);
+}
+
+/** Puts a picture with its conversation on the page; what was there stays in the history. */
+function showPicture(picture) {
+  if (state.picture) state.picture.messages = [...$("messages").children];
+  state.picture = picture;
+  state.turns = picture.turns;
+  $("picture").src = picture.url;
+  $("messages").replaceChildren(...picture.messages);
+  $("drop").hidden = $("examples").hidden = true;
+  $("figure").style.setProperty("--ratio", String(picture.width / picture.height));
   $("figure").hidden = $("tools").hidden = false;
-  $("hint").hidden = false;
-  overlay.reset(image.naturalWidth, image.naturalHeight);
+  $("hint").hidden = picture.turns.length > 0;
+  overlay.reset(picture.width, picture.height);
+  state.shown = null;
+  if (picture.turns.length) show(picture.turns.at(-1));
   showLegend();
+  showHistory();
   enable();
   $("prompt").focus();
+}
+
+function showHistory() {
+  $("history").hidden = state.earlier.length < 2;
+  $("history").replaceChildren(
+    ...state.earlier.map((picture) => {
+      const button = document.createElement("button");
+      button.type = "button";
+      button.setAttribute("aria-label", `${picture.name}, ${picture.turns.length} question${picture.turns.length === 1 ? "" : "s"}`);
+      if (picture === state.picture) button.setAttribute("aria-current", "true");
+      const image = document.createElement("img");
+      image.src = picture.url;
+      image.alt = "";
+      button.append(image);
+      button.addEventListener("click", () => {
+        if (picture === state.picture) return;
+        stop();
+        showPicture(picture);
+      });
+      return button;
+    }),
+  );
+}
+
+async function takeExample(button) {
+  const response = await fetch(button.querySelector("img").src);
+  await takePicture(new File([await response.blob()], `${button.dataset.example}.jpg`, { type: "image/jpeg" }));
+  $("prompt").value = button.dataset.question;
+  fitPrompt();
 }
 
 function readAsDataUrl(file) {
@@ -71,7 +116,7 @@ function addTurn(question) {
   const words = document.createElement("p");
   words.className = "words";
   element.append(words);
-  const turn = { question, answer: "", targets: [], element, words, isComplete: false };
+  const turn = { question, answer: "", targets: [], element, words, isComplete: false, id: null, version: null };
   element.addEventListener("click", (event) => {
     if (!event.target.closest("button")) show(turn);
   });
@@ -85,7 +130,7 @@ async function answer(turn) {
   show(turn);
   enable();
   try {
-    const { finishReason, modelVersion } = await ask({
+    const { id, finishReason, modelVersion } = await ask({
       model: state.model?.id,
       imageUrl: state.picture.url,
       history,
@@ -103,15 +148,19 @@ async function answer(turn) {
     });
     turn.isComplete = turn.answer.trim() !== "";
     note(turn, finishReason === "length" ? "The answer was cut at the length limit." : "");
+    Object.assign(turn, { id, version: modelVersion });
     if (modelVersion) turn.element.title = `model version ${modelVersion}`;
+    if (state.features.feedback && turn.targets.length) offerFeedback(turn);
     if (!turn.answer.trim()) note(turn, "The model had nothing to say to this.");
   } catch (error) {
     if (error.name === "AbortError") note(turn, "Stopped.");
     else fail(turn, error);
+    if (error.status === 401) askForKey();
   } finally {
     turn.element.classList.remove("is-coming");
     state.abort = null;
     refresh(turn);
+    showHistory();
     enable();
   }
 }
@@ -137,6 +186,47 @@ function fail(turn, error) {
   box.append(text, again);
   turn.element.append(box);
   box.scrollIntoView({ block: "nearest" });
+}
+
+/** One line under an answer: were its masks right? Hidden masks count as wrong. */
+function offerFeedback(turn) {
+  const line = document.createElement("p");
+  line.className = "note feedback";
+  line.append("Are these masks right? ");
+  const choice = (label, verdictOf) => {
+    const button = document.createElement("button");
+    button.type = "button";
+    button.textContent = label;
+    button.addEventListener("click", async () => {
+      const targets = turn.targets.map((target) => ({ ...pick(target), ...verdictOf(target) }));
+      const { url: image } = state.picture;
+      try {
+        await sendFeedback({ answer_id: turn.id, model_version: turn.version, image, prompt: turn.question, text: turn.answer, targets });
+        line.textContent = "Thank you, noted.";
+      } catch (error) {
+        line.textContent = `Not noted: ${error.message}`;
+      }
+    });
+    return button;
+  };
+  const right = (target) => ({ verdict: "right", mask: target.mask });
+  const wrong = () => ({ verdict: "wrong" });
+  line.append(choice("All right", right), " ", choice("Hidden ones are wrong", (target) => (isHidden(turn, target) ? wrong() : right(target))));
+  line.append(" ", choice("All wrong", wrong));
+  turn.element.append(line);
+}
+
+function pick({ index, phrase }) {
+  return { index, phrase };
+}
+
+function isHidden(turn, { index }) {
+  return state.shown === turn && !overlay.isVisible(index);
+}
+
+function askForKey() {
+  const dialog = $("key-dialog");
+  if (!dialog.open) dialog.showModal();
 }
 
 function note(turn, text) {
@@ -263,39 +353,6 @@ function pointAt(event) {
   tip.style.top = `${v * 100}%`;
 }
 
-// ---------------------------------------------------------------- saving
-
-function savePng() {
-  const { width, height, name } = state.picture;
-  const canvas = document.createElement("canvas");
-  canvas.width = width;
-  canvas.height = height;
-  canvas.getContext("2d").drawImage($("picture"), 0, 0, width, height);
-  overlay.draw(canvas);
-  canvas.toBlob((blob) => save(blob, `${name}-masks.png`), "image/png");
-}
-
-function saveJson() {
-  const { width, height, name } = state.picture;
-  const turn = state.shown;
-  const record = {
-    picture: { name, width, height },
-    model: state.model,
-    question: turn?.question ?? null,
-    text: turn?.answer ?? null,
-    targets: turn?.targets ?? [],
-  };
-  save(new Blob([JSON.stringify(record, null, 1)], { type: "application/json" }), `${name}-masks.json`);
-}
-
-function save(blob, name) {
-  const link = document.createElement("a");
-  link.href = URL.createObjectURL(blob);
-  link.download = name;
-  link.click();
-  setTimeout(() => URL.revokeObjectURL(link.href), 10_000);
-}
-
 // ---------------------------------------------------------------- controls
 
 function enable() {
@@ -315,11 +372,15 @@ function fitPrompt() {
 
 async function connect() {
   try {
-    state.model = await servedModel();
+    Object.assign(state, await service());
     const version = state.model.version === "folder" ? "" : ` · version ${state.model.version}`;
     $("model-name").textContent = `${state.model.id}${version}`;
     $("model").classList.add("is-up");
-  } catch {
+  } catch (error) {
+    if (error.status === 401) {
+      $("model-name").textContent = "needs a key";
+      return askForKey();
+    }
     $("model-name").textContent = "not reachable";
     setTimeout(connect, 3000);
   }
@@ -345,23 +406,24 @@ function setUp() {
     overlay.opacity = event.target.value / 100;
     overlay.draw();
   });
-  $("toggle-all").addEventListener("click", () => {
-    overlay.isOn = !overlay.isOn;
-    $("toggle-all").setAttribute("aria-pressed", String(overlay.isOn));
-    $("toggle-all").textContent = overlay.isOn ? "Masks on" : "Masks off";
-    overlay.draw();
+  $("toggle-all").addEventListener("click", toggleAll);
+  $("save-png").addEventListener("click", () => savePng(state.picture, $("picture"), overlay));
+  $("save-json").addEventListener("click", () => saveRle(state.picture, state.model, state.shown));
+  $("save-cutout").addEventListener("click", () => saveCutout(state.picture, $("picture"), overlay));
+  for (const button of $("examples").querySelectorAll("button")) button.addEventListener("click", () => takeExample(button));
+  $("key-dialog").addEventListener("close", () => {
+    if ($("key-dialog").returnValue !== "ok" || !$("key").value) return;
+    useKey($("key").value.trim());
+    $("key").value = "";
+    connect();
   });
-  $("save-png").addEventListener("click", savePng);
-  $("save-json").addEventListener("click", saveJson);
   $("overlay").addEventListener("pointermove", pointAt);
   $("overlay").addEventListener("pointerdown", pointAt);
   $("overlay").addEventListener("pointerleave", () => {
     $("tip").hidden = true;
     highlight(null);
   });
-  document.addEventListener("keydown", (event) => {
-    if (event.key === "Escape") stop();
-  });
+  document.addEventListener("keydown", pressed);
   document.addEventListener("paste", (event) => {
     const file = [...event.clipboardData.files][0];
     if (file) {
@@ -370,6 +432,29 @@ function setUp() {
     }
   });
   setUpDropping();
+}
+
+function toggleAll() {
+  overlay.isOn = !overlay.isOn;
+  $("toggle-all").setAttribute("aria-pressed", String(overlay.isOn));
+  $("toggle-all").textContent = overlay.isOn ? "Masks on" : "Masks off";
+  overlay.draw();
+}
+
+/** Keys that work anywhere but in a field: M, 1 to 9, /; Escape works everywhere. */
+function pressed(event) {
+  if (event.key === "Escape") return stop();
+  if (event.target.closest("textarea, input, dialog") || event.ctrlKey || event.metaKey || event.altKey) return;
+  if (event.key === "/" && state.picture) {
+    event.preventDefault();
+    $("prompt").focus();
+  } else if (event.key.toLowerCase() === "m" && state.picture) {
+    toggleAll();
+  } else if (/^[1-9]$/.test(event.key)) {
+    const index = Number(event.key) - 1;
+    overlay.setVisible(index, !overlay.isVisible(index));
+    marks();
+  }
 }
 
 function setUpDropping() {

@@ -13,6 +13,7 @@ import uvicorn
 
 from pixellm.platform.masks import mask_box, rle_encode
 from pixellm.platform.settings import ServeSettings
+from pixellm.serve.auth import ApiKey
 from pixellm.serve.ingress import build_api
 from pixellm.serve.metrics import ServiceMetrics
 from pixellm.serve.model_card import ModelCard
@@ -106,9 +107,11 @@ class FixedModels:
 class ServedApi:
     """The API on a free loopback port, in a thread."""
 
-    def __init__(self, backend: ScriptedBackend, settings: ServeSettings | None = None) -> None:
+    def __init__(
+        self, backend: ScriptedBackend, settings: ServeSettings | None = None, keys: Sequence[ApiKey] = ()
+    ) -> None:
         self.metrics = ServiceMetrics()
-        app = build_api(FixedModels(backend), settings or ServeSettings(), self.metrics)
+        app = build_api(FixedModels(backend), settings or ServeSettings(), self.metrics, keys)
         self._socket = socket.socket()
         self._socket.bind(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}"

@@ -15,6 +15,8 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from pixellm.errors import OverloadedError
 from pixellm.platform.masks import rle_decode
+from pixellm.platform.settings import ServeSettings
+from pixellm.serve.auth import new_key, read_keys
 
 FLAGS = [
     "--no-sandbox",
@@ -205,6 +207,60 @@ def test_the_page_fits_a_phone_and_works_in_the_dark(browser: Browser, api: Serv
     assert sum(int(part) for part in background.strip("rgb()").split(",")[:3]) < 150
     keep_screenshot(page, "answer-400-dark")
     page.close()
+
+
+def test_an_example_is_asked_cut_out_judged_and_found_again_in_the_history(
+    browser: Browser, backend: ScriptedBackend, photo_path: Path, photo_masks: dict[str, np.ndarray], tmp_path: Path
+) -> None:
+    with ServedApi(backend, ServeSettings(feedback_dir=str(tmp_path / "feedback"))) as api:
+        page = open_page(browser, api)
+        page.get_by_role("button", name="A white cat beside a bird and a bowl").click()
+        expect(page.locator("#prompt")).to_have_value("Segment the cat, the bird and the bowl.")
+        page.press("#prompt", "Enter")
+        expect(page.locator(".word")).to_have_count(3)
+        # keys: 2 hides the bird, / goes to the question
+        page.locator("#legend button").first.focus()
+        page.keyboard.press("2")
+        expect(page.locator("#legend [data-target='1']")).to_have_attribute("aria-pressed", "false")
+        page.keyboard.press("/")
+        expect(page.locator("#prompt")).to_be_focused()
+        with page.expect_download() as cutout:
+            page.click("#save-cutout")
+        cutout.value.save_as(tmp_path / "cutout.png")
+        with Image.open(tmp_path / "cutout.png") as saved, Image.open(photo_path) as photo:
+            alpha = np.asarray(saved)[..., 3] > 0
+            shown = photo_masks["cat"] | photo_masks["bowl"]
+            assert np.count_nonzero(alpha ^ shown) < 0.01 * alpha.size
+            inside = inside_point(photo_masks["cat"])
+            assert saved.getpixel(inside)[:3] == pytest.approx(photo.getpixel(inside), abs=3)
+        page.get_by_role("button", name="Hidden ones are wrong").click()
+        expect(page.locator(".feedback")).to_have_text("Thank you, noted.")
+        (part,) = (tmp_path / "feedback").iterdir()
+        kept = json.loads((part / "instances.json").read_text())
+        assert [category["name"] for category in kept["categories"]] == ["a white cat", "a bowl"]
+        # another picture, and back
+        page.set_input_files("#file", {"name": "b.png", "mimeType": "image/png", "buffer": picture_bytes(31, 23)})
+        expect(page.locator("#history button")).to_have_count(2)
+        expect(page.locator(".word")).to_have_count(0)
+        keep_screenshot(page, "history-1280")
+        page.get_by_role("button", name="cat, 1 question").click()
+        expect(page.locator(".word")).to_have_count(3)
+        expect(page.locator("#legend button")).to_have_count(3)
+        keep_screenshot(page, "history-back-1280")
+        assert page.problems == []  # type: ignore[attr-defined]
+        page.close()
+
+
+def test_a_service_with_keys_lets_the_page_in_once_it_has_one(browser: Browser, backend: ScriptedBackend) -> None:
+    secret, line = new_key("ann")
+    with ServedApi(backend, keys=read_keys(ServeSettings(), {"PIXELLM_API_KEYS": line})) as api:
+        page = open_page(browser, api)
+        expect(page.get_by_role("dialog")).to_be_visible()
+        keep_screenshot(page, "key-1280")
+        page.fill("#key", secret)
+        page.get_by_role("button", name="Use it").click()
+        expect(page.locator("#model-name")).to_have_text("scripted · version 7")
+        page.close()
 
 
 def test_a_picture_can_be_pasted_and_dropped(browser: Browser, api: ServedApi) -> None:

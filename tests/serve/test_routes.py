@@ -240,7 +240,7 @@ def test_the_page_loads_only_from_its_own_server() -> None:
     assert "default-src 'self'" in response.headers["Content-Security-Policy"]
     assert response.headers["X-Content-Type-Options"] == "nosniff"
     assert "Access-Control-Allow-Origin" not in response.headers
-    for name in ("page.js", "page.css", "api.js", "overlay.js", "rle.js", "words.js", "icon.svg"):
+    for name in ("page.js", "page.css", "api.js", "overlay.js", "rle.js", "saving.js", "words.js", "icon.svg"):
         file = send(make_backend(), "GET", f"/page/{name}")
         assert file.status_code == 200
         assert "https://" not in file.text.replace("https://example", "")
