@@ -92,6 +92,8 @@ class TrainEngine:
                 config=deepspeed_config(train, sum(p.numel() for p in trainable.values())),
                 dist_init_required=False,
             )
+        if train.is_elastic and train.zero_stage in (1, 2) and not train.offload_optimizer:
+            engine.optimizer.get_grad_norm_direct = exact_gradient_norm
         for state in optimizer.state.values():  # so the bias correction starts at the first real step
             state["step"].zero_()
         return cls(engine, optimizer, trainable, seed)
@@ -204,6 +206,30 @@ class TrainEngine:
             elif parameter.grad is None and self.zero_stage < 3:
                 parameter.grad = torch.zeros_like(parameter)
         self._sums.clear()
+
+
+def exact_gradient_norm(gradients: Sequence[Tensor], params: Any, norm_type: float = 2) -> Tensor:
+    """The norm over all ranks' parts of the gradients, rounded once, at the end: the same on any number of ranks.
+
+    DeepSpeed's ZeRO 1 and 2 round each rank's part to fp32 before they are added up; what that changes in the last bit
+    of the clipping grows to 1e-3 of the loss within thirty steps. In a group of one both are equal bit for bit.
+
+    Args:
+        gradients: this rank's stretches.
+        params: unused; DeepSpeed's signature.
+        norm_type: 2.
+
+    Returns:
+        fp32 scalar, −1 where a gradient is not finite.
+    """
+    del params, norm_type
+    norms = [torch.linalg.vector_norm(g.double()) for g in gradients if not getattr(g, "_zero_padding", False)]
+    total = torch.stack(norms).square().sum() if norms else torch.zeros((), dtype=torch.float64)
+    if ranks.world_size() > 1:
+        total = total.to(gradients[0].device if len(gradients) else total.device)
+        dist.all_reduce(total)
+    norm = total.float().sqrt()
+    return torch.where(torch.isfinite(norm), norm, torch.full_like(norm, -1.0))
 
 
 def groups_by_rate(

@@ -121,7 +121,7 @@ def train(settings: Settings, *, progress: bool = True, fresh: bool = False) -> 
         if fresh:
             folder.set_aside()
         state = folder.read()
-        settings, sources = _open_sources(settings, folder)
+        settings, sources = open_sources(settings, folder.data_dir)
         digests = _digests(settings, sources)
         if state.state != "new":
             check_same_run(state, settings, digests)
@@ -171,8 +171,9 @@ def _demo_uri(group: str, data_dir: Path) -> str:
     return str(folder / made[group])
 
 
-def _open_sources(settings: Settings, folder: RunFolder) -> tuple[Settings, tuple[QuestionSource, ...]]:
-    settings = resolve_source_uris(settings, folder.data_dir)
+def open_sources(settings: Settings, data_dir: Path) -> tuple[Settings, tuple[QuestionSource, ...]]:
+    """The settings with every source's URI resolved, and the opened sources; see `resolve_source_uris`."""
+    settings = resolve_source_uris(settings, data_dir)
     data = settings.data
     limits = [
         ComposeLimits(source.max_targets or data.max_targets, data.max_questions, data.min_target_share)

@@ -12,7 +12,7 @@ from toy import Toy, plain_loop, toy_batch
 
 from pixellm.errors import CheckpointError, ConfigError
 from pixellm.jobs.train.checkpoints import CheckpointFolder
-from pixellm.jobs.train.deepspeed_engine import TrainEngine, seed_micro_batch
+from pixellm.jobs.train.deepspeed_engine import TrainEngine, exact_gradient_norm, seed_micro_batch
 from pixellm.jobs.train.optimizer_state import gather_weights
 from pixellm.jobs.train.snapshot import load_optimizer_state, load_weights, save_snapshot
 from pixellm.platform.settings import TrainSettings
@@ -75,6 +75,36 @@ def test_a_checkpoint_of_one_zero_stage_goes_on_in_another(process_group: None, 
         other = TrainEngine.build(model, _settings(stage))
         load_optimizer_state(other, checkpoint)
         assert _train(other, 2, 4) == pytest.approx(undisturbed, abs=1e-6)
+
+
+def test_an_elastic_run_takes_the_steps_of_a_fixed_one_bit_for_bit_in_a_group_of_one(process_group: None) -> None:
+    elastic = _settings(2).model_copy(update={"num_workers": (1, 2), "clip_norm": 0.1})
+    fixed = elastic.model_copy(update={"num_workers": 1})
+    curves = [_train(TrainEngine.build(Toy(), train), 0, 5) for train in (elastic, fixed)]
+    assert curves[0] == curves[1]
+    parts = [torch.tensor([3.0, 0.0]), torch.tensor([[4.0]])]
+    assert float(exact_gradient_norm(parts, None)) == 5.0
+    assert float(exact_gradient_norm([*parts, torch.tensor([float("nan")])], None)) == -1.0
+    assert float(exact_gradient_norm([], None)) == 0.0
+
+
+def test_an_offloaded_optimiser_takes_the_same_steps_and_goes_on_bit_for_bit(
+    process_group: None, tmp_path: Path
+) -> None:
+    train = _settings(2).model_copy(update={"offload_optimizer": True})
+    expected = plain_loop(Toy(always_runs_head=True), 4, 3, 1e-2)
+    engine = TrainEngine.build(Toy(always_runs_head=True), train)
+    assert _train(engine, 0, 2) == pytest.approx(expected[:2], abs=1e-6)
+    save_snapshot(engine, CheckpointFolder(tmp_path), step=2, position=6, only_trainable=False, config={})
+    undisturbed = _train(engine, 2, 4)
+    assert undisturbed == pytest.approx(expected[2:], abs=1e-6)
+    checkpoint, _ = CheckpointFolder(tmp_path).latest_valid()
+    assert checkpoint is not None
+    model = Toy(always_runs_head=True)
+    load_weights(model, checkpoint, only_trainable=False)
+    restored = TrainEngine.build(model, train)
+    load_optimizer_state(restored, checkpoint)
+    assert _train(restored, 2, 4) == undisturbed
 
 
 def test_a_step_with_a_gradient_that_is_not_finite_changes_nothing(process_group: None) -> None:
