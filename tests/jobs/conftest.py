@@ -9,6 +9,7 @@ import pytest
 from pixellm.jobs.prepare import prepare_demo
 
 sys.path.append(str(Path(__file__).parent))  # for `from toy import …`, `from micro_run import …`
+sys.path.append(str(Path(__file__).parents[2]))  # for `from benchmarks import …`
 
 
 @pytest.fixture(scope="session")

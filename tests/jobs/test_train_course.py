@@ -1,23 +1,21 @@
 """What happens beside the steps, in one process without Ray: validation, best checkpoints, averages, stores, disks."""
 
 import json
-import resource
 import shutil
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import pytest
 import torch
-from fsspec.implementations.local import LocalFileSystem
 from micro_run import micro_settings
 from safetensors.torch import load_file
 from test_train_resume import RecordingLine, worker_spec
 
+from benchmarks import resume_drills as drills
 from pixellm.errors import ConfigError
 from pixellm.jobs.train.build import build_model
 from pixellm.jobs.train.checkpoints import CheckpointFolder, steps_to_remove
-from pixellm.jobs.train.events import CheckpointEvent, StartEvent, UploadEvent, ValidationEvent, WorkerResult
+from pixellm.jobs.train.events import StartEvent, UploadEvent, ValidationEvent, WorkerResult
 from pixellm.jobs.train.upload import Uploader
 from pixellm.jobs.train.validation import Plateau, share_of_rank
 from pixellm.jobs.train.worker import run_worker
@@ -156,49 +154,24 @@ def test_ranks_ask_every_question_once_in_equally_many_batches() -> None:
         assert all(batch for share in shares for batch, _ in share)
 
 
-class _Flaky(LocalFileSystem):  # type: ignore[misc]
-    """A store that refuses its first writes."""
-
-    protocol = ("flaky",)
-    cachable = False
-    failures_left = 0
-
-    @classmethod
-    def _strip_protocol(cls, path: str) -> str:
-        return "/" + str(path).removeprefix("flaky://").lstrip("/")
-
-    def _open(self, path: str, mode: str = "rb", **kwargs: Any) -> Any:
-        if "w" in mode and type(self).failures_left > 0:
-            type(self).failures_left -= 1
-            raise ConnectionError("the store is not reachable")
-        return super()._open(path, mode, **kwargs)
-
-
 def test_a_store_that_fails_three_times_gets_every_checkpoint_and_a_new_machine_goes_on_from_it(
     process_group: None, demo_shards: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fsspec.register_implementation("flaky", _Flaky, clobber=True)
-    monkeypatch.setattr(_Flaky, "failures_left", 3)
     monkeypatch.setattr("pixellm.jobs.train.upload.FIRST_PAUSE_S", 0.01)
-    store = tmp_path / "store"
-    settings = micro_settings(
-        demo_shards, tmp_path, steps=4, zero_stage=0, keep_last=1, checkpoint_uri=f"flaky://{store}"
-    )
-    _, line = _run(settings, tmp_path / "one")
-    uploads = [event for event in line.events if isinstance(event, UploadEvent)]
+    settings = micro_settings(demo_shards, tmp_path, steps=4, zero_stage=0, keep_last=1)
+    _, uploads = drills.store_fails(settings, tmp_path / "one", failures=3)
     assert uploads[0].attempts == 4
     assert all(event.problem is None for event in uploads)
-    assert [path.name for path in (store / "micro").iterdir()] == ["step-000004"]
+    store = tmp_path / "one" / "store" / "micro"
+    assert [path.name for path in store.iterdir()] == ["step-000004"]
     assert CheckpointFolder(tmp_path / "one" / "checkpoints").steps() == [4]
 
     # A damaged newer copy, and one whose upload was cut, are passed over.
     for step in (6, 8):
-        shutil.copytree(store / "micro" / "step-000004", store / "micro" / f"step-{step:06d}")
-    (store / "micro" / "step-000006" / "weights.safetensors").write_bytes(b"half")
-    (store / "micro" / "step-000008" / "meta.json").unlink()
-    longer = micro_settings(
-        demo_shards, tmp_path, steps=5, zero_stage=0, keep_last=1, checkpoint_uri=f"flaky://{store}"
-    )
+        shutil.copytree(store / "step-000004", store / f"step-{step:06d}")
+    (store / "step-000006" / "weights.safetensors").write_bytes(b"half")
+    (store / "step-000008" / "meta.json").unlink()
+    longer = micro_settings(demo_shards, tmp_path, steps=5, zero_stage=0, checkpoint_uri=f"flaky://{store.parent}")
     result, second = _run(longer, tmp_path / "two")
     assert (result.resumed_from, result.step) == (4, 5)
     start = next(event for event in second.events if isinstance(event, StartEvent))
@@ -219,27 +192,14 @@ def test_a_store_that_stays_away_is_named_and_nothing_else_happens(tmp_path: Pat
     assert not uploader.busy
 
 
-class _FullDisk(RecordingLine):
-    """Lets the kernel refuse file content beyond 64 KiB while the second step's checkpoint is written."""
-
-    def send(self, event: Any) -> None:
-        super().send(event)
-        if self.steps and self.steps[-1] is event:
-            _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-            resource.setrlimit(resource.RLIMIT_FSIZE, (65536 if event.step == 2 else hard, hard))
-
-
 def test_a_disk_that_refuses_a_checkpoint_costs_that_checkpoint_only(
     process_group: None, demo_shards: dict[str, str], tmp_path: Path
 ) -> None:
     settings = micro_settings(demo_shards, tmp_path, steps=4, zero_stage=0)
-    _, undisturbed = _run(settings, tmp_path / "whole")
-    _, line = _run(settings, tmp_path / "run", _FullDisk())
-    saved = [event for event in line.events if isinstance(event, CheckpointEvent)]
-    assert [(event.step, event.problem is None) for event in saved] == [(2, False), (4, True)]
-    assert "was not written" in str(saved[0].problem)
-    assert line.curve() == undisturbed.curve()
-    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-000004"]
+    undisturbed = drills.run_alone(settings, tmp_path / "whole")
+    outcome, _ = drills.disk_full(settings, tmp_path / "run", at_step=2)
+    assert outcome.curve == undisturbed.curve
+    assert drills.steps_on_disk(tmp_path / "run") == [4]
 
 
 def test_recomputing_activations_changes_no_number_and_frozen_parts_keep_their_bytes(
