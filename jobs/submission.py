@@ -1,6 +1,6 @@
 """What is handed to a cluster for a pixellm command: a pure plan, made before anything is contacted.
 
-The command is run there as `python -P -m pixellm.cli …` (`-P`: the working directory is never imported from). Settings
+The command is run there as `python3 -P -m pixellm.job …` (`-P`: the working directory is never imported from). Settings
 travel resolved, in one file: the caller's recipe and overrides need not exist on the cluster.
 
 Where files go: when the head is this machine, the job runs in the caller's folder and relative paths mean what they
@@ -100,7 +100,7 @@ def plan_submission(command: Sequence[str], *, caller_dir: Path, is_head_local: 
         settings, others = _take_settings(words[1:])
         files[RECIPE_FILE] = _placed(settings, caller_dir, is_head_local).to_yaml()
         words = [words[0], *others]
-    python = ["python", "-P", "-m", "pixellm.cli", *words]
+    python = ["python3", "-P", "-m", "pixellm.job", *words]
     entrypoint = shlex.join(python)
     if files:
         # $OLDPWD is the job's own working directory once `cd` has left it.

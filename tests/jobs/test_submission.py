@@ -88,7 +88,7 @@ def test_on_this_machine_the_job_runs_in_the_callers_folder_and_reads_the_shippe
     plan = plan_submission(["train"], caller_dir=HERE, is_head_local=True)
     change, run = plan.entrypoint.split(" && ")
     assert shlex.split(change) == ["cd", str(HERE)]
-    assert run == 'exec python -P -m pixellm.cli train --config "$OLDPWD/recipe.yaml"'
+    assert run == 'exec python3 -P -m pixellm.job train --config "$OLDPWD/recipe.yaml"'
 
 
 @pytest.mark.parametrize("knob", ["train.output_dir", "tracking.root"])
@@ -109,14 +109,14 @@ def test_elsewhere_data_in_a_folder_of_this_machine_is_refused(tmp_path: Path) -
 def test_elsewhere_the_job_stays_in_its_own_folder(tmp_path: Path) -> None:
     command = ["train", "--train.output_dir=s3://b/runs", "--tracking.root=/shared/mlflow"]
     plan = plan_submission(command, caller_dir=HERE, is_head_local=False)
-    assert plan.entrypoint == 'python -P -m pixellm.cli train --config "$PWD/recipe.yaml"'
+    assert plan.entrypoint == 'python3 -P -m pixellm.job train --config "$PWD/recipe.yaml"'
     assert shipped(command, tmp_path, is_head_local=False).train.output_dir == "s3://b/runs"
 
 
 def test_other_commands_travel_as_they_are_word_for_word() -> None:
     command = ["predict", "a b.jpg", "What is `that`, $HOME?", "--model", "models:/pixellm@champion"]
     plan = plan_submission(command, caller_dir=HERE, is_head_local=False)
-    assert shlex.split(plan.entrypoint) == ["python", "-P", "-m", "pixellm.cli", *command]
+    assert shlex.split(plan.entrypoint) == ["python3", "-P", "-m", "pixellm.job", *command]
     assert plan.files == {}
     assert plan.metadata == {"pixellm.command": shlex.join(command)}
 

@@ -59,11 +59,18 @@ def head() -> Iterator[Head]:
     folder = Path(tempfile.mkdtemp(prefix="pixellm-head-", dir="/tmp"))  # short: Ray keeps sockets below it
     gcs, dashboard, agent, client = free_ports(4)
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    environment = inherited | {
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        "RAY_AUTH_TOKEN": TOKEN,
-    }
-    command = ["ray", "start", "--head", "--block", "--disable-usage-stats", "--num-cpus=4", f"--temp-dir={folder}/ray"]
+    here = Path(sys.executable).parent
+    elsewhere = [folder for folder in os.environ["PATH"].split(os.pathsep) if Path(folder) != here]
+    environment = inherited | {"PATH": os.pathsep.join(elsewhere), "RAY_AUTH_TOKEN": TOKEN}  # nobody activated it
+    command = [
+        f"{here}/ray",
+        "start",
+        "--head",
+        "--block",
+        "--disable-usage-stats",
+        "--num-cpus=4",
+        f"--temp-dir={folder}/ray",
+    ]
     ports = [f"--port={gcs}", f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}"]
     with (folder / "log").open("w") as log:
         process = subprocess.Popen(
@@ -204,7 +211,8 @@ except KeyboardInterrupt:
 '''
 variables = plan_submission(["doctor"], caller_dir=Path.cwd(), is_head_local=True).env_vars
 client = job_client.open_client(sys.argv[1])
-job_id = client.submit_job(entrypoint=f"exec python -c {shlex.quote(program)}", runtime_env={"env_vars": variables})
+command = f"exec {sys.executable} -c {shlex.quote(program)}"
+job_id = client.submit_job(entrypoint=command, runtime_env={"env_vars": variables})
 deadline = time.monotonic() + 200
 while "running\\n" not in client.get_job_logs(job_id):
     assert time.monotonic() < deadline
@@ -250,7 +258,7 @@ code = "import platform, ray; print(platform.system()); ray.init(); "
 task = "print(ray.get(ray.remote(lambda: __import__('platform').system()).remote()))"
 client = open_client(sys.argv[1])
 environment = {"working_dir": sys.argv[3]}
-job = JobHandle(client, submit_job(client, entrypoint=f'python -c "{code}{task}"', runtime_env=environment))
+job = JobHandle(client, submit_job(client, entrypoint=f'{sys.executable} -c "{code}{task}"', runtime_env=environment))
 code = job.wait(200)
 print(job.logs())
 sys.exit(code)
