@@ -27,10 +27,11 @@ class Bar:
 
 @dataclass(frozen=True, slots=True)
 class Histogram:
-    """Bars under a title."""
+    """Bars under a title; `total` is what they are shares of (there may be more than the bars show)."""
 
     title: str
     bars: tuple[Bar, ...]
+    total: int
 
     @property
     def tallest(self) -> int:
@@ -40,7 +41,7 @@ class Histogram:
 
 @dataclass(frozen=True, slots=True)
 class Words:
-    """A run of text; `color` (CSS) ties it to a mask; `is_marker`: it stands for the mask itself."""
+    """A run of text; `color` (CSS) ties it to a mask; `is_marker`: the mask itself stands before it."""
 
     text: str
     color: str | None = None

@@ -70,6 +70,8 @@ def _joined(words: Sequence[tuple[str, Color | None]]) -> tuple[Words, ...]:
         space = " " if pieces and word[0] not in ".,;:!?" else ""
         if word == MARKER_WORD:
             pieces += [Words(space), Words("", css, is_marker=True)]
+        elif pieces and pieces[-1].is_marker and not space:
+            pieces[-1] = Words(word, pieces[-1].color, is_marker=True)
         elif pieces and pieces[-1].color == css and not pieces[-1].is_marker:
             pieces[-1] = Words(pieces[-1].text + space + word, css)
         else:

@@ -14,6 +14,7 @@ from pixellm.platform.data.shards import open_shards
 
 _AREA_EDGES = (0.001, 0.01, 0.05, 0.2)
 _COUNT_EDGES = (1, 2, 3, 4, 5, 6, 7, 11, 21)
+_LISTED_CATEGORIES = 12
 _WORD_EDGES = (6, 11, 21, 41, 81)
 
 
@@ -162,24 +163,23 @@ def plot_stats(datasets: Sequence[ShardStats], path: Path) -> Path:
     from matplotlib.figure import Figure as Canvas  # slow to import
 
     figure = Canvas(figsize=(13, 7.2), layout="constrained")
-    histograms = [histograms_of(one) for one in datasets]
+    histograms = [histograms_of(one, max(3, _LISTED_CATEGORIES // len(datasets))) for one in datasets]
     for axes, panel in zip(figure.subplots(2, 3).flat, zip(*histograms, strict=True), strict=True):
         labels = list(dict.fromkeys(bar.label for histogram in panel for bar in histogram.bars))
         places = np.arange(len(labels))
         width = 0.84 / len(panel)
         for number, histogram in enumerate(panel):
             counts = {bar.label: bar.count for bar in histogram.bars}
-            total = sum(counts.values()) or 1
-            shares = [100 * counts.get(label, 0) / total for label in labels]
+            shares = [100 * counts.get(label, 0) / max(1, histogram.total) for label in labels]
             offset = (number - (len(panel) - 1) / 2) * width
             axes.bar(places + offset, shares, width, label=datasets[number].name)
         axes.set_title(panel[0].title, fontsize=11, loc="left")
-        is_crowded = sum(map(len, labels)) > 45
+        is_crowded = sum(map(len, labels)) > 50
         axes.set_xticks(places, labels, rotation=60 if is_crowded else 0, ha="right" if is_crowded else "center")
         axes.tick_params(labelsize=8)
         axes.set_ylabel("%", fontsize=8)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.axes[0].legend(frameon=False, fontsize=8)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=8, frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     return path
@@ -200,17 +200,21 @@ def write_stats_page(datasets: Sequence[ShardStats], path: Path) -> Path:
     return write_page(path, "What is in the data", sections)
 
 
-def histograms_of(one: ShardStats) -> tuple[Histogram, ...]:
+def histograms_of(one: ShardStats, num_categories: int = _LISTED_CATEGORIES) -> tuple[Histogram, ...]:
     """The six histograms of a dataset, the same for each, as they are plotted."""
-    top = dict(list(one.categories.items())[:12])
+    top = dict(list(one.categories.items())[:num_categories])
     return (
-        Histogram("targets per picture", _binned(one.targets_per_row, _COUNT_EDGES)),
-        Histogram("targets per question", _binned(one.targets_per_question, _COUNT_EDGES)),
-        Histogram("mask's share of its picture", _bars(one.area_share)),
-        Histogram("words in a question", _binned(one.question_lengths, _WORD_EDGES)),
-        Histogram("words in an answer", _binned(one.answer_lengths, _WORD_EDGES)),
-        Histogram("most frequent categories", _bars(top)),
+        _histogram("targets per picture", _binned(one.targets_per_row, _COUNT_EDGES)),
+        _histogram("targets per question", _binned(one.targets_per_question, _COUNT_EDGES)),
+        _histogram("mask's share of its picture", _bars(one.area_share)),
+        _histogram("words in a question", _binned(one.question_lengths, _WORD_EDGES)),
+        _histogram("words in an answer", _binned(one.answer_lengths, _WORD_EDGES)),
+        Histogram("most frequent categories", _bars(top), one.targets),
     )
+
+
+def _histogram(title: str, bars: tuple[Bar, ...]) -> Histogram:
+    return Histogram(title, bars, sum(bar.count for bar in bars))
 
 
 def _figures(one: ShardStats) -> tuple[Figure, ...]:

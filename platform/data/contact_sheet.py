@@ -6,7 +6,8 @@ The words in an answer that belong to a mask carry its colour, so that a wrong p
 import colorsys
 import importlib.util
 import io
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from pixellm.platform.masks import rle_decode
 
 _CELL_WIDTH = 420
 _PICTURE_HEIGHT = 300
-_TEXT_HEIGHT = 150
+_TEXT_HEIGHT = 172
 _MARGIN = 14
 _COLUMNS = 4
 _FONT_PX = 14
@@ -62,13 +63,14 @@ def draw_contact_sheet(datasets: Sequence[ShardedDataset], out_png: Path, count:
 def choose_samples(
     datasets: Sequence[ShardedDataset], count: int, *, seed: int = 0
 ) -> Iterator[tuple[Row, Dialogue | None]]:
-    """Yields at most `count` samples spread evenly over the datasets, each with a question (None if it has none)."""
-    places = [(dataset, number) for dataset in datasets for number in range(len(dataset))]
-    chosen = np.unique(np.linspace(0, len(places) - 1, min(count, len(places))).round().astype(int))
-    for position, place in enumerate(chosen):
-        dataset, number = places[int(place)]
-        row = dataset.read_row(number)
-        yield row, _some_dialogue(row, position, seed)
+    """Yields at most `count` samples, as many of each dataset and spread over it, with a question if there is one."""
+    position = 0
+    for place, dataset in enumerate(datasets):
+        share = count // len(datasets) + (place < count % len(datasets))
+        for number in np.unique(np.linspace(0, len(dataset) - 1, min(share, len(dataset))).round().astype(int)):
+            row = dataset.read_row(int(number))
+            yield row, _some_dialogue(row, position, seed)
+            position += 1
 
 
 def draw_sample(row: Row, dialogue: Dialogue | None) -> Image.Image:
@@ -82,7 +84,7 @@ def draw_sample(row: Row, dialogue: Dialogue | None) -> Image.Image:
 
 def paint_sample(row: Row, dialogue: Dialogue | None) -> Image.Image:
     """The picture at its own size with the masks that the dialogue asks for; all of the row's without a dialogue."""
-    indices = dialogue.target_indices if dialogue else tuple(range(len(row.targets)))
+    indices = dict.fromkeys(dialogue.target_indices if dialogue else range(len(row.targets)))
     photo = ImageOps.exif_transpose(Image.open(io.BytesIO(row.image))).convert("RGB")
     masks = [rle_decode(row.targets[index].mask) for index in indices]
     return Image.fromarray(paint_masks(np.asarray(photo), masks, palette(len(indices))))
@@ -96,13 +98,23 @@ def sample_title(row: Row, dialogue: Dialogue | None) -> str:
 
 def coloured_turns(row: Row, dialogue: Dialogue | None) -> list[tuple[str, list[tuple[str, Color | None]]]]:
     """Each question with its answer's words; a target's name and `MARKER_WORD` have the colour of its mask."""
-    colors = palette(len(dialogue.target_indices)) if dialogue else []
-    turns: list[tuple[str, list[tuple[str, Color | None]]]] = []
-    for turn in dialogue.turns if dialogue else ():
-        of_turn, colors = colors[: len(turn.target_indices)], colors[len(turn.target_indices) :]
-        names = [row.targets[index].phrase for index in turn.target_indices]
-        turns.append((turn.question, _coloured_words(turn.answer, names, of_turn)))
-    return turns
+    asked = dict.fromkeys(dialogue.target_indices) if dialogue else {}
+    color_of = dict(zip(asked, palette(len(asked)), strict=True))
+    names_of = {index: {row.targets[index].phrase} for index in asked}
+    for known in row.dialogues:
+        for index, phrase in zip(known.target_ids, known.phrases, strict=False):
+            names_of.get(index, set()).add(phrase)
+    return [
+        (
+            turn.question,
+            _coloured_words(
+                turn.answer,
+                [names_of[index] for index in turn.target_indices],
+                [color_of[index] for index in turn.target_indices],
+            ),
+        )
+        for turn in (dialogue.turns if dialogue else ())
+    ]
 
 
 def paint_masks(
@@ -161,22 +173,32 @@ def _write_text(draw: ImageDraw.ImageDraw, row: Row, dialogue: Dialogue | None) 
         top = _flow(draw, [("A:", _INK), *inked], top + 2, font) + 4
 
 
-def _coloured_words(answer: str, names: list[str], colors: list[Color]) -> list[tuple[str, Color | None]]:
+def _coloured_words(
+    answer: str, names: Sequence[Collection[str]], colors: Sequence[Color]
+) -> list[tuple[str, Color | None]]:
     """The answer's words; a target's name and its marker take the colour of its mask.
 
-    The name is looked for before the marker; where the answer words it differently, only the marker is coloured.
+    The longest of a target's names is looked for before its marker; where the answer words it differently, only the
+    marker is coloured.
     """
     words: list[tuple[str, Color | None]] = []
     *named_pieces, rest = answer.split(SEG_MARKER)
-    for piece, name, color in zip(named_pieces, names, colors, strict=True):
-        start = piece.lower().rfind(name.lower())
-        end = start + len(name) if start >= 0 else 0
-        start = max(start, 0)
+    for piece, of_target, color in zip(named_pieces, names, colors, strict=True):
+        start, end = _place_of_name(piece, of_target)
         words += [(word, None) for word in piece[:start].split()]
         words += [(word, color) for word in piece[start:end].split()]
         words += [(word, None) for word in piece[end:].split()]
         words.append((MARKER_WORD, color))
     return words + [(word, None) for word in rest.split()]
+
+
+def _place_of_name(text: str, names: Collection[str]) -> tuple[int, int]:
+    """Where the longest of the names that stand there as whole words last stands in a text; (0, 0) if none does."""
+    for name in sorted(filter(None, names), key=lambda name: (-len(name), name)):
+        found = list(re.finditer(rf"(?<!\w){re.escape(name)}(?!\w)", text, re.IGNORECASE))
+        if found:
+            return found[-1].span()
+    return (0, 0)
 
 
 def _flow(draw: ImageDraw.ImageDraw, words: list[tuple[str, Color]], top: int, font: _Font) -> int:

@@ -17,7 +17,8 @@ from typer.testing import CliRunner
 from pixellm.cli import app
 from pixellm.jobs.data_show import show, write_samples_page
 from pixellm.jobs.data_stats import histograms_of, stats, stats_table, write_stats_page
-from pixellm.platform.data.contact_sheet import paint_masks, palette
+from pixellm.platform.data.compose import Dialogue, Turn
+from pixellm.platform.data.contact_sheet import MARKER_WORD, coloured_turns, paint_masks, palette
 from pixellm.platform.data.schema import RowDialogue
 from pixellm.platform.data.shards import write_shards
 from tests.platform.data_builders import row, target, vqa
@@ -158,3 +159,19 @@ def test_the_command_line_writes_table_plot_and_pages(demo_shards: dict[str, str
     assert page.stat().st_size > 5_000
     assert html.stat().st_size > 50_000
     assert Image.open(sheet).width > 800
+
+
+def test_an_answer_is_coloured_by_the_longest_name_of_its_target_and_one_target_has_one_colour() -> None:
+    names = ("left cat", "the cat on the left")
+    known = RowDialogue("referring", names[1], "", (0,), (names[1],))
+    sample = row("1", [target("cat", (0, 0, 9, 9), phrase=names[0]), target("bird", (9, 9, 19, 19))], [known])
+    answer = "Here is the cat on the left {seg}, not the birds {seg}."
+    turns = (Turn("Who?", answer, (0, 1)), Turn("Again?", "It {seg}.", (0,)))
+    red, blue = palette(2)
+
+    first, second = coloured_turns(sample, Dialogue("muse", turns))
+
+    assert " ".join(word for word, color in first[1] if color == red) == f"the cat on the left {MARKER_WORD}"
+    assert [word for word, color in first[1] if color == blue] == [MARKER_WORD], "a bird is not its plural"
+    assert [word for word, color in second[1] if color] == [MARKER_WORD]
+    assert (MARKER_WORD, red) in second[1]
