@@ -34,12 +34,16 @@ class ModelSettings(_Section):
     init_from: str | None = Field(None, description="model folder or models:/ reference to start from")
 
 
+QuestionGroup = Literal["segmentation", "semantic", "referring", "vqa", "muse"]
+
+
 class SourceSettings(_Section):
     """One source of the mixture: shards, the kind of question composed from them, and its weight."""
 
     uri: str
-    group: Literal["segmentation", "vqa", "muse"]
-    weight: float = Field(1.0, gt=0)
+    group: QuestionGroup
+    weight: float = Field(1.0, gt=0, description="its share; with data.group_weights, within its group")
+    max_samples: int | None = Field(None, ge=1, description="how many of its pictures are used, a seeded choice")
     max_targets: int | None = Field(None, ge=1, description="targets of one question; None: data.max_targets")
 
 
@@ -47,10 +51,22 @@ class DataSettings(_Section):
     """What is streamed into the workers."""
 
     sources: tuple[SourceSettings, ...] = ()
+    group_weights: dict[QuestionGroup, float] = Field(
+        default_factory=dict, description="share of each group of questions; empty: the sources' weights alone count"
+    )
+    replacement: bool = Field(False, description="draw samples with replacement instead of once per epoch")
+    epochs: float | None = Field(
+        None, gt=0, description="in the place of train.steps: until every source was gone through this often"
+    )
+    length_window: int = Field(
+        0, ge=0, description="global batches within which texts of like length share a micro-batch; 0: as they come"
+    )
     mask_size: int = Field(112, ge=8, description="side of the square canvas that training masks live on, in pixels")
     max_targets: int = Field(3, ge=1, description="targets of one composed question, at most")
     max_questions: int = Field(1, ge=1, description="question turns composed for one sample, at most")
     min_target_share: float = Field(0.0, ge=0, lt=1, description="targets below this share of the picture are left out")
+    negative_share: float = Field(0.0, ge=0, lt=1, description="composed questions for what a picture lacks")
+    text_variation: float = Field(0.0, ge=0, le=1, description="how likely a question's wording is changed a little")
     block_size: int = Field(32, ge=1, description="samples one reading task prepares")
     max_tasks: int | None = Field(None, ge=1, description="reading tasks of one rank at a time; None: as Ray sees fit")
     task_cpus: float = Field(0.5, gt=0, description="logical CPUs of one reading task")

@@ -13,7 +13,8 @@ from pixellm.errors import PixelLMError
 from pixellm.jobs.train.checkpoints import CheckpointFolder
 from pixellm.platform import storage
 from pixellm.platform.data.compose import QuestionSource
-from pixellm.platform.data.order import MixtureOrder
+from pixellm.platform.data.mixture import build_order
+from pixellm.platform.data.order import Order
 from pixellm.platform.settings import Settings
 
 
@@ -51,10 +52,16 @@ class WorkerSpec:
         """Where the finished model goes."""
         return Path(self.run_dir) / "model"
 
-    def order(self) -> MixtureOrder:
+    def order(self) -> Order:
         """The run's order of samples."""
-        weights = [source.weight for source in self.settings.data.sources]
-        return MixtureOrder([len(source) for source in self.sources], weights, self.settings.seed)
+        train = self.settings.train
+        return build_order(
+            self.settings.data,
+            self.sources,
+            self.settings.seed,
+            global_batch_size=train.global_batch_size,
+            micro_batch_size=train.micro_batch_size,
+        )
 
 
 def train_worker(config: dict[str, Any]) -> dict[str, Any]:

@@ -22,7 +22,8 @@ from pixellm.jobs.train.interrupt import stop_on_signals
 from pixellm.jobs.train.progress import TrainingView
 from pixellm.jobs.train.run_folder import RunFolder, RunState, check_same_run, identity_of
 from pixellm.platform import cluster, storage
-from pixellm.platform.data.compose import ComposeLimits, QuestionSource
+from pixellm.platform.data import mixture
+from pixellm.platform.data.compose import QuestionSource
 from pixellm.platform.observability import ProgressLine
 from pixellm.platform.settings import ClusterSettings, Settings
 from pixellm.platform.tracking import Tracker, start_run
@@ -172,15 +173,15 @@ def _demo_uri(group: str, data_dir: Path) -> str:
 
 
 def open_sources(settings: Settings, data_dir: Path) -> tuple[Settings, tuple[QuestionSource, ...]]:
-    """The settings with every source's URI resolved, and the opened sources; see `resolve_source_uris`."""
+    """The settings with every source's URI resolved and epochs as steps, and the opened sources."""
     settings = resolve_source_uris(settings, data_dir)
-    data = settings.data
-    limits = [
-        ComposeLimits(source.max_targets or data.max_targets, data.max_questions, data.min_target_share)
-        for source in data.sources
-    ]
-    opened = [QuestionSource.open(s.uri, s.group, limit) for s, limit in zip(data.sources, limits, strict=True)]
-    return settings, tuple(opened)
+    opened = mixture.open_sources(settings.data)
+    steps = mixture.steps_for_epochs(
+        settings.data, opened, settings.seed, global_batch_size=settings.train.global_batch_size
+    )
+    if steps is not None:
+        settings = settings.model_copy(update={"train": settings.train.model_copy(update={"steps": steps})})
+    return settings, opened
 
 
 def _digests(settings: Settings, sources: Sequence[QuestionSource]) -> dict[str, str]:

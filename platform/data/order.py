@@ -3,11 +3,14 @@
 The mix holds exactly: weights become whole slots of a block, and every block is that pattern in another seeded
 arrangement. Each source's samples come exactly once per its epoch, in a seeded permutation that is computed point by
 point (a Feistel network with cycle walking), so position 1,000,000 costs what position 0 costs and nothing is stored.
+Drawn with replacement instead, a sample comes whenever chance has it.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Protocol
 
 import numpy as np
 
@@ -41,6 +44,14 @@ class Draw:
         return np.random.default_rng(self.seed)
 
 
+class Order(Protocol):
+    """Anything that says what comes at a place of an endless global order; picklable, a pure function."""
+
+    def sample_at(self, position: int) -> Draw:
+        """What comes at a place ≥ 0."""
+        ...
+
+
 class MixtureOrder:
     """An endless global order over several sources. Picklable; `sample_at` is a pure function.
 
@@ -48,19 +59,37 @@ class MixtureOrder:
         sizes: samples of each source, each ≥ 1.
         weights: relative share of each source, each > 0.
         seed: another seed gives another order.
+        caps: of each source, how many of its samples are used at all: a seeded choice, the same in every epoch and
+            part of every larger one; None: all.
+        replacement: draw every sample of a source anew instead of going through all of them once per epoch.
 
     Raises:
-        ConfigError: no source, an empty source, or a weight that is not a positive number.
+        ConfigError: no source, an empty source, a cap below 1, or a weight that is not a positive number.
     """
 
-    def __init__(self, sizes: Sequence[int], weights: Sequence[float], seed: int) -> None:
+    def __init__(
+        self,
+        sizes: Sequence[int],
+        weights: Sequence[float],
+        seed: int,
+        *,
+        caps: Sequence[int | None] | None = None,
+        replacement: bool = False,
+    ) -> None:
         if not sizes or len(sizes) != len(weights):
             raise ConfigError(f"a mixture needs sources with one weight each; got {len(sizes)} and {len(weights)}")
         if min(sizes) < 1:
             raise ConfigError(f"source {sizes.index(min(sizes))} of the mixture has no usable sample; leave it out")
-        self.sizes = tuple(int(size) for size in sizes)
+        limits = [None] * len(sizes) if caps is None else list(caps)
+        if len(limits) != len(sizes) or any(cap is not None and cap < 1 for cap in limits):
+            raise ConfigError(f"a mixture of {len(sizes)} sources wants one cap ≥ 1 or None for each, got {limits}")
+        self.full_sizes = tuple(int(size) for size in sizes)
+        self.sizes = tuple(
+            size if cap is None else min(size, cap) for size, cap in zip(self.full_sizes, limits, strict=True)
+        )
         self.slots = quantise(weights)
         self.seed = seed
+        self.replacement = replacement
 
     @property
     def period(self) -> int:
@@ -72,9 +101,20 @@ class MixtureOrder:
         block, offset = divmod(position, self.period)
         source, before = _arranged_block(self.slots, self.seed, block)[offset]
         drawn = block * self.slots[source] + before
-        epoch, place = divmod(drawn, self.sizes[source])
-        index = permute(place, self.sizes[source], _mix(self.seed, 1, source, epoch))
-        return Draw(position, source, index, epoch, _mix(self.seed, 2, position))
+        size, full_size = self.sizes[source], self.full_sizes[source]
+        epoch, place = divmod(drawn, size)
+        if self.replacement:
+            index = mix_bits(self.seed, 4, source, drawn) % size
+        else:
+            index = permute(place, size, mix_bits(self.seed, 1, source, epoch))
+        if size < full_size:
+            index = permute(index, full_size, mix_bits(self.seed, 5, source))
+        return Draw(position, source, index, epoch, mix_bits(self.seed, 2, position))
+
+    def positions_for(self, epochs: float) -> int:
+        """The first number of positions, in whole blocks, after which every source was gone through that often."""
+        blocks = (math.ceil(epochs * size / slots) for size, slots in zip(self.sizes, self.slots, strict=True))
+        return max(1, *blocks) * self.period
 
     def draws(self, start: int, stop: int) -> Iterator[Draw]:
         """The draws of positions start ≤ p < stop."""
@@ -112,7 +152,7 @@ def permute(place: int, size: int, key: int) -> int:
     while True:
         left, right = place >> half_bits, place & half_mask
         for round_number in range(_FEISTEL_ROUNDS):
-            left, right = right, left ^ (_mix(key, round_number, right) & half_mask)
+            left, right = right, left ^ (mix_bits(key, round_number, right) & half_mask)
         place = (left << half_bits) | right
         if place < size:
             return place
@@ -126,7 +166,7 @@ def _arranged_block(slots: tuple[int, ...], seed: int, block: int) -> tuple[tupl
     """
     pattern = [source for source, count in enumerate(slots) for _ in range(count)]
     for last in range(len(pattern) - 1, 0, -1):
-        other = _mix(seed, 3, block, last) % (last + 1)
+        other = mix_bits(seed, 3, block, last) % (last + 1)
         pattern[last], pattern[other] = pattern[other], pattern[last]
     before = [0] * len(slots)
     arranged = []
@@ -136,7 +176,7 @@ def _arranged_block(slots: tuple[int, ...], seed: int, block: int) -> tuple[tupl
     return tuple(arranged)
 
 
-def _mix(*parts: int) -> int:
+def mix_bits(*parts: int) -> int:
     """Hashes integers to 64 bits (splitmix64's finaliser over a running sum); the same on every platform."""
     state = 0x9E3779B97F4A7C15
     for part in parts:

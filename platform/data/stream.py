@@ -11,7 +11,7 @@ from typing import Generic, TypeVar
 
 from pixellm.errors import ConfigError
 from pixellm.platform.data.compose import Dialogue, QuestionSource
-from pixellm.platform.data.order import Draw, MixtureOrder
+from pixellm.platform.data.order import Draw, Order
 from pixellm.platform.data.schema import Row
 
 Example = TypeVar("Example")
@@ -75,7 +75,7 @@ class SampleReader(Generic[Example]):
     """Gives the encoded sample of any position. Picklable as long as `encode` is."""
 
     sources: Sequence[QuestionSource]
-    order: MixtureOrder
+    order: Order
     encode: Encode[Example]
 
     def read(self, position: int) -> Example:
@@ -87,7 +87,7 @@ class SampleReader(Generic[Example]):
 
 def stream_batches(
     sources: Sequence[QuestionSource],
-    order: MixtureOrder,
+    order: Order,
     encode: Encode[Example],
     *,
     global_batch_size: int,
@@ -138,7 +138,7 @@ def stream_batches(
 
 def iterate_batches(
     sources: Sequence[QuestionSource],
-    order: MixtureOrder,
+    order: Order,
     encode: Encode[Example],
     *,
     global_batch_size: int,
