@@ -100,7 +100,6 @@ def assemble(
     *,
     seed: int,
     shares: SplitShares,
-    name: str,
     decisions: Decisions | None = None,
 ) -> Assembled:
     """Writes the splits under `out_uri`, each as shards and in the released form.
@@ -111,7 +110,6 @@ def assemble(
         out_uri: folder of the splits; those of an earlier run there are replaced.
         seed: decides the splits.
         shares: shares of the pictures for val and test.
-        name: of the dataset.
         decisions: what people decided about pairs; None: nothing.
     """
     decisions = decisions or Decisions()
@@ -127,7 +125,7 @@ def assemble(
             partial(_rows, source, read_outcomes, chosen, split, decisions),
             folder,
             released,
-            name=f"{name}-{split}",
+            name=f"muse-{split}",
             notes={"source": "muse generate", "source_digest": source.digest, "review": decisions.counts},
         )
         numbers[split.value] = info

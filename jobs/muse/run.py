@@ -134,9 +134,8 @@ def _assemble(
             if row in selected:
                 yield row, Outcome.from_json(text)
 
-    name = Path(out_uri.rstrip("/")).name
     decisions = read_decisions(out_uri)
-    assembled = assemble(source, read_outcomes, out_uri, seed=seed, shares=shares, name=name, decisions=decisions)
+    assembled = assemble(source, read_outcomes, out_uri, seed=seed, shares=shares, decisions=decisions)
     return make_report(
         uri=out_uri,
         model=plan.options.model,
