@@ -2,11 +2,11 @@
 
     python -m benchmarks.serve [--preset small] [--quick]
 
-Loopback, closed loop, one replica, the same number of threads for the model on every side: (a) what the platform adds to
-a request, (b) answers per second with 1, 4 and 16 clients against FastAPI + lock, (c) time to the first token and the
-first mask, (d) three times the capacity offered: what is answered, how soon the rest is refused, whether memory stays
-flat. Every answer must equal the engine's. The last line is one JSON object; a ratio above 1 means that ours is better,
-but for `overhead_ratio`, which is ours over the engine's.
+Loopback, closed loop, one replica, the same number of threads for the model on every side: (a) what the platform adds
+to a request, (b) answers per second with 1, 4 and 16 clients against FastAPI + lock, (c) time to the first token and
+the first mask, (d) three times the capacity offered: what is answered, how soon the rest is refused, whether memory
+stays flat. Every answer must equal the engine's. The last line is one JSON object; a ratio above 1 means that ours is
+better, but for `overhead_ratio`, which is ours over the engine's.
 """
 
 import argparse

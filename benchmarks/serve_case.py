@@ -1,4 +1,4 @@
-"""What both serving benchmarks stand on: a model folder whose answer is known, a photograph, and a local Ray cluster."""
+"""What both serving benchmarks stand on: a model whose answer is known, a photograph, and a local Ray cluster."""
 
 import io
 import os

@@ -20,6 +20,12 @@ from pixellm.platform.settings import ServeSettings
 from pixellm.serve.port_check import check_port_is_free
 
 _POLL_S = 0.1
+# Proxy and replicas inherit them. One event loop per process instead of three: a request changes threads less often.
+_SERVE_VARIABLES = {
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+}
 _SHUTDOWN_LIMIT_S = 30.0
 _CONTROLLER, _SERVE_NAMESPACE = "SERVE_CONTROLLER_ACTOR", "serve"
 _RAISED_LINE = re.compile(r"pixellm\.errors\.(\w+): (.+)")
@@ -54,7 +60,7 @@ def start_serve(host: str, port: int) -> bool:
             proxy_location="HeadOnly",
             http_options={"host": host, "port": port},
             logging_config={"log_level": "WARNING", "enable_access_log": False},
-            controller_options={"runtime_env": {"env_vars": {"RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60"}}},
+            controller_options={"runtime_env": {"env_vars": _SERVE_VARIABLES}},
         )
     return True
 
