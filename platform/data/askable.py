@@ -61,15 +61,23 @@ def askable_units(row: Row, group: Group, limits: ComposeLimits) -> list[Unit]:
 
 
 def usable_dialogues(row: Row, kind: Group, limits: ComposeLimits) -> list[RowDialogue]:
-    """The row's dialogues of a kind whose targets are not too many or too small; expressions also have a target."""
+    """The row's dialogues of a kind whose targets are not too many or too small; expressions also have a target.
+
+    A conversation ends before its first turn that is not usable.
+    """
     min_area = limits.min_target_share * row.height * row.width
-    return [
-        dialogue
-        for dialogue in row.dialogues
-        if dialogue.kind == kind
-        and (kind == "referring") <= len(dialogue.target_ids) <= limits.max_targets
-        and all(row.targets[index].area >= min_area for index in dialogue.target_ids)
-    ]
+    usable: list[RowDialogue] = []
+    is_whole = True
+    for dialogue in row.dialogues:
+        is_usable = (
+            dialogue.kind == kind
+            and (kind == "referring") <= len(dialogue.target_ids) <= limits.max_targets
+            and all(row.targets[index].area >= min_area for index in dialogue.target_ids)
+        )
+        is_whole = is_usable and (is_whole or dialogue.turn == 0)
+        if is_whole:
+            usable.append(dialogue)
+    return usable
 
 
 def known_absent(row: Row, vocabulary: Sequence[str]) -> list[str]:

@@ -135,7 +135,7 @@ class QuestionSource:
         if self.group in _QUESTIONS:
             return self.usable.composed_length(draw.index, plan)
         lengths = self.usable.written_lengths(draw.index)
-        return float(lengths[_chosen(len(lengths), len(plan.wanted), rng)].sum())
+        return float(lengths[_chosen(self.usable.written_turns(draw.index), len(plan.wanted), rng)].sum())
 
 
 def _composed_turns(
@@ -190,13 +190,22 @@ def _absent_turn(name: str, group: Group, rng: np.random.Generator) -> Turn:
 
 
 def _written_turns(dialogues: list[RowDialogue], count: int, rng: np.random.Generator) -> list[Turn]:
-    chosen = [dialogues[index] for index in _chosen(len(dialogues), count, rng)]
+    turns = np.asarray([dialogue.turn for dialogue in dialogues], dtype=np.int16)
+    chosen = [dialogues[index] for index in _chosen(turns, count, rng)]
     return [Turn(dialogue.question, dialogue.answer, dialogue.target_ids) for dialogue in chosen]
 
 
-def _chosen(num_dialogues: int, count: int, rng: np.random.Generator) -> npt.NDArray[np.int64]:
-    """Which of a row's dialogues are taken, in order."""
-    return rng.permutation(num_dialogues)[:count]
+def _chosen(turns: npt.NDArray[np.int16], count: int, rng: np.random.Generator) -> npt.NDArray[np.int64]:
+    """Which of a row's dialogues are taken: conversations in random order, each from its start, `count` turns in all.
+
+    Args:
+        turns: place of each dialogue in its conversation.
+        count: of dialogues, at most.
+        rng: gives the order.
+    """
+    conversations = np.split(np.arange(len(turns)), np.flatnonzero(turns == 0)[1:])
+    order = rng.permutation(len(conversations))
+    return np.concatenate([conversations[index] for index in order])[:count]
 
 
 def _pick(templates: Sequence[str], rng: np.random.Generator) -> str:

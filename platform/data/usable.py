@@ -5,7 +5,7 @@ not half a minute. Pictures and masks are not read.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +24,7 @@ GROUP_LENGTH = 18.0
 _FRAME_LENGTH = 52.0
 
 _TARGET_FIELDS = ("category", "phrase", "area", "is_ignore")
-_DIALOGUE_FIELDS = ("kind", "question", "answer", "target_ids")
+_DIALOGUE_FIELDS = ("kind", "question", "answer", "target_ids", "turn")
 _COLUMNS = ["source", "height", "width"]
 _COLUMNS += [f"targets.list.element.{name}" for name in _TARGET_FIELDS]
 _COLUMNS += [f"dialogues.list.element.{name}" for name in _DIALOGUE_FIELDS]
@@ -44,6 +44,7 @@ class UsableRows:
         starts: where each row's dialogues begin in `lengths`, and where the last one's end (written groups).
         lengths: characters of each usable dialogue, question and answer with its groups (written groups).
         vocabulary: categories that were looked for in all rows; empty where that is not known.
+        turns: place of each usable dialogue in its conversation (written groups).
     """
 
     rows: npt.NDArray[np.int32]
@@ -52,6 +53,7 @@ class UsableRows:
     starts: npt.NDArray[np.int64]
     lengths: npt.NDArray[np.float32]
     vocabulary: tuple[str, ...] = ()
+    turns: npt.NDArray[np.int16] = field(default_factory=lambda: np.zeros(0, dtype=np.int16))
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -59,6 +61,10 @@ class UsableRows:
     def written_lengths(self, index: int) -> npt.NDArray[np.float32]:
         """Lengths of the usable dialogues of the usable row `index`, in the row's order."""
         return self.lengths[self.starts[index] : self.starts[index + 1]]
+
+    def written_turns(self, index: int) -> npt.NDArray[np.int16]:
+        """Places in their conversations of the usable dialogues of the usable row `index`, in the row's order."""
+        return self.turns[self.starts[index] : self.starts[index + 1]]
 
     def composed_length(self, index: int, plan: QuestionPlan) -> float:
         """About the length of a composed dialogue: its names stand in question and answer, with a group each."""
@@ -92,6 +98,7 @@ def find_usable_rows(dataset: ShardedDataset, group: Group, limits: ComposeLimit
         starts=np.concatenate(starts),
         lengths=np.concatenate([usable.lengths for usable in found]),
         vocabulary=vocabulary,
+        turns=np.concatenate([usable.turns for usable in found]),
     )
 
 
@@ -131,7 +138,9 @@ def _of_part(table: pa.Table, group: Group, limits: ComposeLimits) -> tuple[Usab
         composed = _composed(targets.row[askable], name_lengths[askable], num_rows, vocabulary)
         return composed, table
     starts, values = _flattened(table["dialogues"])
+    turns = _turns(values)
     usable = _usable_dialogues(values, np.repeat(targets.starts[:-1], np.diff(starts)), targets, group, limits)
+    usable &= ~_follows_an_unusable_one(usable, turns)
     row = np.repeat(np.arange(num_rows), np.diff(starts))[usable]
     questions = pc.utf8_length(values["question"]).to_numpy()[usable]
     if group == "referring":
@@ -141,7 +150,25 @@ def _of_part(table: pa.Table, group: Group, limits: ComposeLimits) -> tuple[Usab
     lengths = (questions + answers + GROUP_LENGTH * num_targets).astype(np.float32)
     rows, counts = np.unique(row, return_counts=True)
     nothing = np.zeros(len(rows), dtype=np.int32)
-    return UsableRows(rows, nothing, nothing.astype(np.float32), np.cumsum([0, *counts]), lengths, vocabulary), table
+    ends = np.cumsum([0, *counts])
+    found = UsableRows(rows, nothing, nothing.astype(np.float32), ends, lengths, vocabulary, turns[usable])
+    return found, table
+
+
+def _turns(values: dict[str, pa.Array]) -> npt.NDArray[np.int16]:
+    """Places in conversations; shards from before there were any have none but first turns."""
+    if "turn" not in values:
+        return np.zeros(len(values["kind"]), dtype=np.int16)
+    return pc.fill_null(values["turn"], 0).to_numpy(zero_copy_only=False).astype(np.int16)
+
+
+def _follows_an_unusable_one(usable: _Bools, turns: npt.NDArray[np.int16]) -> _Bools:
+    """Which dialogues come after an unusable one of their conversation."""
+    conversation = np.cumsum(turns == 0)
+    faults = np.cumsum(~usable)
+    before_conversation = np.zeros(int(conversation[-1]) + 1 if len(turns) else 1, dtype=faults.dtype)
+    before_conversation[conversation[turns == 0]] = (faults - ~usable)[turns == 0]
+    return np.asarray(faults - ~usable > before_conversation[conversation], dtype=np.bool_)
 
 
 def _composed(

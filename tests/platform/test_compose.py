@@ -177,3 +177,29 @@ def test_positions_are_named_only_where_they_are_clear(boxes: list, phrases: lis
 )  # fmt: skip
 def test_plurals_read_as_english(one: str, many: str) -> None:
     assert plural(one) == many
+
+
+@given(seed=st.integers(0, 2**32), max_questions=st.integers(1, 6))
+@settings(max_examples=40, deadline=None)
+def test_a_later_turn_is_only_asked_right_after_the_turns_before_it(seed: int, max_questions: int) -> None:
+    lengths = {"a": 3, "b": 1, "c": 2}
+    dialogues = [RowDialogue("vqa", f"{name}{k}?", "yes", turn=k) for name, n in lengths.items() for k in range(n)]
+    sample = row("1", dialogues=dialogues)
+
+    turns = compose(sample, "vqa", np.random.default_rng(seed), ComposeLimits(1, max_questions)).turns
+
+    asked = [turn.question for turn in turns]
+    assert len(set(asked)) == len(asked) <= max_questions
+    for place, question in enumerate(asked):
+        name, k = question[0], int(question[1])
+        assert asked[place - k : place] == [f"{name}{before}?" for before in range(k)]
+        assert k + 1 == lengths[name] or place + 1 == len(asked) or asked[place + 1] == f"{name}{k + 1}?"
+
+
+def test_a_conversation_ends_before_a_turn_that_is_not_usable() -> None:
+    sizes = (0, 2, 0)
+    said = [RowDialogue("muse", f"{k}?", "{seg} " * n, tuple(range(n)), ("it",) * n, k) for k, n in enumerate(sizes)]
+    targets = [target("cat", (0, 0, 9, 9)), target("dog", (20, 0, 29, 9))]
+    turns = compose(row("1", targets, said), "muse", np.random.default_rng(0), ComposeLimits(1, 3)).turns
+
+    assert {turn.question for turn in turns} == {"0?"}

@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pixellm.platform.data import templates
+from pixellm.platform.data.askable import usable_dialogues
 from pixellm.platform.data.compose import ComposeLimits, Dialogue, QuestionSource, can_compose, compose
 from pixellm.platform.data.dialogue import Group
 from pixellm.platform.data.order import MixtureOrder
@@ -141,7 +142,10 @@ def random_rows(draw: st.DrawFn) -> list[Row]:
         for _ in range(draw(st.integers(0, 2)) if real else 0):
             ids = tuple(draw(st.lists(st.sampled_from(real), min_size=0, max_size=3, unique=True)))
             said.append(expression("my pet", *ids))
-            said.append(RowDialogue("muse", "Which?", "It is {seg}" * len(ids), ids, ("it",) * len(ids)))
+            for turn in range(draw(st.integers(1, 3))):
+                ids = tuple(draw(st.lists(st.sampled_from(real), min_size=0, max_size=3, unique=True)))
+                answer = "It is {seg}" * len(ids)
+                said.append(RowDialogue("muse", f"Which {turn}?", answer, ids, ("it",) * len(ids), turn))
         made.append(row(str(number), targets, said))
     return made
 
@@ -157,7 +161,11 @@ def test_the_scan_of_columns_finds_the_rows_that_row_by_row_composing_accepts(
     dataset, limits = open_shards(tmp_path / "set"), ComposeLimits(max_targets, 1, min_share)
     for group in GROUPS:
         expected = [number for number, one in enumerate(rows) if can_compose(one, group, limits)]
-        assert find_usable_rows(dataset, group, limits).rows.tolist() == expected
+        found = find_usable_rows(dataset, group, limits)
+        assert found.rows.tolist() == expected
+        if group in ("muse", "vqa"):
+            turns = [[said.turn for said in usable_dialogues(rows[number], group, limits)] for number in expected]
+            assert [found.written_turns(index).tolist() for index in range(len(found))] == turns
 
 
 @pytest.fixture(scope="module")
