@@ -88,7 +88,8 @@ def measure_bad_day(folder: Path, shards: Path, annotations: Path) -> dict[str, 
         print(f"    {problem}")
     pairs, pictures = report["pairs"], report["pictures"]["asked"]
     print(f"(a) a bad day: {pictures} pictures, {pairs['asked']} pairs asked, {pairs['kept']} kept, "
-          f"{pairs['repaired']} corrected, {len(problems)} invalid; dropped {report['dropped']}; it happened: {happened}")  # fmt: skip
+          f"{pairs['repaired']} corrected, {len(problems)} invalid; dropped {report['dropped']}; "
+          f"it happened: {happened}")  # fmt: skip
     return {"invalid_pairs": len(problems), "counts_add_up": adds_up(report), "pairs_kept": pairs["kept"]}
 
 

@@ -96,11 +96,11 @@ def _leak(draft: Draft, offered: Sequence[Instance], _limits: FilterLimits) -> F
     for description in draft.descriptions:
         if len(description.split()) > 1 and description.lower() in question.lower():
             return Fault(Reason.LEAK, description)
-    named = [name for name in dict.fromkeys(instance.name for instance in draft.instances) if _names(question, name)]
+    named = _words_for(question, draft.instances)
     distinct = len({instance.name for instance in draft.instances})
     if len(named) >= 2 and 2 * len(named) > distinct:
         return Fault(Reason.LEAK, ", ".join(named))
-    listed = [name for name in dict.fromkeys(instance.name for instance in offered) if _names(question, name)]
+    listed = _words_for(question, offered)
     return Fault(Reason.LEAK, ", ".join(listed)) if len(listed) >= _LISTED_NAMES else None
 
 
@@ -123,10 +123,12 @@ def _unmarked(draft: Draft, offered: Sequence[Instance], _limits: FilterLimits) 
     if found and any(_names(found.group(1), instance.name) for instance in draft.instances):
         return Fault(Reason.UNMARKED, found.group(0))
     targets = {instance.name for instance in draft.instances}
+    kinds = {_last_word(name) for name in targets}  # "the racket" may be the tennis racket that is marked
     pieces = answer.split(SEG_MARKER)
     for name in dict.fromkeys(instance.name for instance in offered if instance.name not in targets):
+        is_kind_marked = _last_word(name) in kinds
         for index, piece in enumerate(pieces):
-            if not _names(piece, name):
+            if not (_full_pattern(name) if is_kind_marked else _name_pattern(name)).search(piece):
                 continue
             # "the mug on the table {seg}" may shorten "the blue mug on the wooden table"
             is_place = index < len(draft.descriptions) and _names(draft.descriptions[index], name)
@@ -190,14 +192,34 @@ _STOP_WORDS = frozenset(
 def _name_pattern(name: str) -> re.Pattern[str]:
     """Finds a class by its name or its last word, in singular or plural."""
     forms = {name.lower(), plural(name.lower())}
-    last = name.lower().rpartition(" ")[2]
     if " " in name and name.lower() not in _WHOLE_NAMES_ONLY:
-        forms |= {last, plural(last)}
-    return re.compile(rf"(?<![\w-])(?:{'|'.join(map(re.escape, sorted(forms, key=len, reverse=True)))})(?![\w-])")
+        forms |= {_last_word(name), plural(_last_word(name))}
+    return _any_of(forms)
+
+
+@lru_cache(maxsize=4096)
+def _full_pattern(name: str) -> re.Pattern[str]:
+    """Finds a class by its whole name, in singular or plural."""
+    return _any_of({name.lower(), plural(name.lower())})
+
+
+def _any_of(forms: set[str]) -> re.Pattern[str]:
+    longest_first = sorted(forms, key=lambda form: (-len(form), form))
+    return re.compile(rf"(?<![\w-])(?:{'|'.join(map(re.escape, longest_first))})(?![\w-])")
+
+
+def _last_word(name: str) -> str:
+    return name.lower().rpartition(" ")[2]
 
 
 def _names(text: str, name: str) -> bool:
     return _name_pattern(name).search(text.lower()) is not None
+
+
+def _words_for(text: str, instances: Sequence[Instance]) -> list[str]:
+    """The different words by which a text names classes: "the circles" is one, whatever their colours are."""
+    found = [_name_pattern(instance.name).search(text.lower()) for instance in instances]
+    return list(dict.fromkeys(match.group(0) for match in found if match))
 
 
 def _content_words(text: str) -> set[str]:

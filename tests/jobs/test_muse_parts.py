@@ -209,6 +209,21 @@ def test_a_place_inside_a_description_is_no_mention_even_where_the_answer_shorte
     assert find_fault(draft, OFFERED, LIMITS) is None
 
 
+def test_classes_that_share_their_last_word_are_told_apart_by_their_whole_name() -> None:
+    names = ("tennis racket", "squash racket", "bench")
+    rackets = tuple(Instance(number, number, name, (0, 0, 9, 9)) for number, name in enumerate(names))
+    draft = Draft(
+        "Which of the two rackets would I take outside, and where do I rest?",
+        "Take the racket with the wide head {seg} and sit down on the long seat {seg}; grip the racket firmly.",
+        (rackets[0], rackets[2]),
+        ("the racket with the wide head", "the long bench"),
+    )
+    assert find_fault(draft, rackets, LIMITS) is None
+    answer = draft.answer.replace("grip the racket", "leave the squash racket")
+    fault = find_fault(replace(draft, answer=answer), rackets, LIMITS)
+    assert fault == Fault(Reason.UNMARKED, "squash racket")
+
+
 def test_minhash_finds_what_comparing_all_pairs_finds_and_nothing_else() -> None:
     draw = random.Random(3)
     words = [f"w{number}" for number in range(300)]
