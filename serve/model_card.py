@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pixellm.errors import ModelLoadError
 from pixellm.platform import registry
 from pixellm.platform.settings import TrackingSettings
 
@@ -51,16 +52,17 @@ def pin(reference: str | Path, tracking: TrackingSettings) -> ModelCard:
     """Looks a reference up once, and checks that its files are there.
 
     Raises:
-        ModelLoadError: no such folder, alias or version.
+        ModelLoadError: no such folder, alias or version, or its weights are not safetensors (a pickle runs code).
         TrackingError: the registry cannot be opened or has no such model.
     """
     text = str(reference)
     if not text.startswith("models:"):
         folder = registry.resolve(text, tracking)
+        _require_safetensors(folder, text)
         created_s = int((folder / "config.json").stat().st_mtime)
         return ModelCard(folder.name, "folder", str(folder), text, created_s)
     found = registry.look_up(text, tracking)
-    registry.resolve(found.reference, tracking)
+    _require_safetensors(registry.resolve(found.reference, tracking), text)
     lineage = {
         "name": found.name,
         "version": found.version,
@@ -70,3 +72,12 @@ def pin(reference: str | Path, tracking: TrackingSettings) -> ModelCard:
     }
     created_s = int(found.created_ms / 1000) or int(time.time())
     return ModelCard(found.name, str(found.version), found.reference, text, created_s, lineage)
+
+
+def _require_safetensors(folder: Path, reference: str) -> None:
+    if not any(folder.glob("*.safetensors")):
+        found = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
+        raise ModelLoadError(
+            f"{reference} has no weights as safetensors, and pickled ones are never loaded; the folder holds {found}; "
+            "save it with save_pretrained and register it again"
+        )

@@ -99,6 +99,7 @@ def tracking(tmp_path: Path) -> TrackingSettings:
         source = tmp_path / f"version-{version}"
         (source / "model").mkdir(parents=True)
         (source / "model" / "config.json").write_text("{}")
+        (source / "model" / "model.safetensors").touch()
         (source / "MLmodel").write_text(pyfunc)
         client.create_model_version("m", str(source))
     set_alias("m", "champion", 1, tracking)

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from pixellm.errors import ServingError
+from pixellm.errors import ModelLoadError, ServingError
+from pixellm.platform.settings import TrackingSettings
 from pixellm.serve.metrics import ServiceMetrics
-from pixellm.serve.model_card import ModelCard
+from pixellm.serve.model_card import ModelCard, pin
 from pixellm.serve.port_check import check_port_is_free
 from pixellm.serve.protocol import Answer, EngineReport
 from pixellm.serve.roster import Roster, Track, TrackState
@@ -48,6 +49,15 @@ def test_a_model_answers_to_its_name_its_version_and_the_reference_it_was_asked_
     assert all(card.answers_to(name) for name in names)
     assert not card.answers_to("pixellm/2")
     assert not card.answers_to("gpt-4o")
+
+
+def test_pickled_weights_are_refused_before_anything_opens_them(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    trap = tmp_path / "opened"
+    (tmp_path / "pytorch_model.bin").write_bytes(f"cos\nsystem\n(S'touch {trap}'\ntR.".encode())
+    with pytest.raises(ModelLoadError, match=r"safetensors.*pytorch_model\.bin"):
+        pin(tmp_path, TrackingSettings())
+    assert not trap.exists()
 
 
 def test_the_dashboard_asks_only_for_metrics_that_exist() -> None:
