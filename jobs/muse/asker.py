@@ -7,6 +7,7 @@ can make a later run repeat is never more than that many.
 import asyncio
 import hashlib
 import math
+import uuid
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
@@ -92,6 +93,7 @@ class Asker:
         self._service = ChatService(plan.service, plan.concurrency)
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="muse-read")
         self._stack = AsyncExitStack()
+        self._holder = uuid.uuid4().hex
         self._is_over = False
         self._failures_in_a_row = 0
 
@@ -146,7 +148,7 @@ class Asker:
         for attempt in range(self._plan.service.attempts):
             if attempt:
                 await asyncio.sleep(back_off_s(attempt - 1, self._plan.service.back_off_s))
-            reply = await self._link.want(Want(key, request.kind, reserve_nusd))
+            reply = await self._link.want(Want(key, request.kind, reserve_nusd, self._holder))
             if isinstance(reply, Over):
                 raise OutOfBudgetError
             if isinstance(reply, Answer):

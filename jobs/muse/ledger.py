@@ -8,7 +8,7 @@ aside and unanswered, and counts against the budget as if it had been paid. All 
 import fcntl
 import sqlite3
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,11 +36,15 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Want:
-    """Asks for permission to send a request that costs at most `reserve_nusd`, or for its answer if there is one."""
+    """Asks for permission to send a request that costs at most `reserve_nusd`, or for its answer if there is one.
+
+    `holder` names the worker: a request that another one has been about for too long is taken over from it.
+    """
 
     key: str
     kind: Kind
     reserve_nusd: int
+    holder: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,13 +127,24 @@ class Ledger:
         folder: on this machine's disk.
         run: digest of everything that decides the outcomes; outcomes of other runs are not seen, answers are.
         budget_nusd: what all answers together may cost; None: no limit.
+        stale_s: after so long another worker's request counts as lost with it.
+        clock: seconds, monotonic.
     """
 
-    def __init__(self, folder: Path, run: str, budget_nusd: int | None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        run: str,
+        budget_nusd: int | None,
+        *,
+        stale_s: float = 600.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._database = sqlite3.connect(folder / LEDGER_FILE, isolation_level=None, check_same_thread=False)
         self._database.executescript(_SCHEMA)
         self._run, self._budget = run, budget_nusd
-        self._pending: dict[str, tuple[Kind, int]] = {}
+        self._stale_s, self._clock = stale_s, clock
+        self._pending: dict[str, _Pending] = {}
         self._set_aside = 0
         self._is_over = False
         with self._transaction():
@@ -168,13 +183,14 @@ class Ledger:
     def _apply(self, message: Message) -> Reply:
         if isinstance(message, Want):
             return self._known_answer(message.key) or self._permit(message)
+        if isinstance(message, Settle | Release) and message.key not in self._pending:
+            return Noted()  # another worker has taken it over; what it cost is booked as lost
         if isinstance(message, Settle):
             self._settle(message)
         elif isinstance(message, Release):
-            kind, reserved = self._forget(message.key)
+            pending = self._forget(message.key)
             if message.may_be_billed:
-                self._database.execute("INSERT INTO lost VALUES (?, ?)", (kind, reserved))
-                self._lost += reserved
+                self._lose(pending)
         else:
             outcome = (self._run, message.row, message.outcome, message.is_final)
             self._database.execute("INSERT OR REPLACE INTO outcomes VALUES (?, ?, ?, ?)", outcome)
@@ -190,8 +206,11 @@ class Ledger:
         return Answer(text, bool(is_refused), bool(is_cut), *numbers)
 
     def _permit(self, want: Want) -> Reply:
-        if want.key in self._pending:
-            return Wait()  # the same request is under way; its answer will serve both
+        pending = self._pending.get(want.key)
+        if pending is not None:
+            if pending.holder == want.holder or self._clock() - pending.since_s < self._stale_s:
+                return Wait()  # the same request is under way; its answer will serve both
+            self._lose(self._forget(want.key))
         reserve = want.reserve_nusd
         if self._budget is not None:
             if self._is_over and want.kind in ("caption", "ask"):
@@ -205,13 +224,13 @@ class Ledger:
                     return Wait()
                 self._is_over = True
                 return Over()
-        self._pending[want.key] = (want.kind, reserve)
+        self._pending[want.key] = _Pending(want.kind, reserve, want.holder, self._clock())
         self._set_aside += reserve
         self._database.execute("INSERT INTO pending VALUES (?, ?, ?)", (want.key, want.kind, reserve))
         return Granted()
 
     def _settle(self, message: Settle) -> None:
-        kind, _ = self._forget(message.key)
+        kind = self._forget(message.key).kind
         answer = message.answer
         row = (message.key, kind, answer.text, answer.is_refused, answer.is_cut)
         numbers = (answer.prompt_tokens, answer.completion_tokens, answer.cost_nusd)
@@ -219,11 +238,15 @@ class Ledger:
         self._spent += answer.cost_nusd
         self._largest[kind] = max(self._largest.get(kind, 0), answer.cost_nusd)
 
-    def _forget(self, key: str) -> tuple[Kind, int]:
-        kind, reserved = self._pending.pop(key)
-        self._set_aside -= reserved
+    def _forget(self, key: str) -> "_Pending":
+        pending = self._pending.pop(key)
+        self._set_aside -= pending.reserved_nusd
         self._database.execute("DELETE FROM pending WHERE key = ?", (key,))
-        return kind, reserved
+        return pending
+
+    def _lose(self, pending: "_Pending") -> None:
+        self._database.execute("INSERT INTO lost VALUES (?, ?)", (pending.kind, pending.reserved_nusd))
+        self._lost += pending.reserved_nusd
 
     def _one_number(self, query: str) -> int:
         return int(self._database.execute(query).fetchone()[0])
@@ -237,6 +260,16 @@ class Ledger:
             self._database.execute("ROLLBACK")
             raise
         self._database.execute("COMMIT")
+
+
+@dataclass(frozen=True, slots=True)
+class _Pending:
+    """A request that may be under way."""
+
+    kind: Kind
+    reserved_nusd: int
+    holder: str
+    since_s: float
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from pixellm.errors import DataError
 from pixellm.jobs.muse.decisions import Decision, Decisions, pair_id
 from pixellm.jobs.muse.drafts import Draft, Fault, Reason, read_drafts
 from pixellm.jobs.muse.filters import FilterLimits, find_fault
-from pixellm.jobs.muse.ledger import Answer, Finish, Granted, Over, Release, Settle, Wait, Want, open_ledger
+from pixellm.jobs.muse.ledger import Answer, Finish, Granted, Ledger, Over, Release, Settle, Wait, Want, open_ledger
 from pixellm.jobs.muse.near_duplicates import NearDuplicates, jaccard, shingles
 from pixellm.jobs.muse.outcomes import Outcome, Pair
 from pixellm.jobs.muse.selection import Instance, SelectionPolicy, offered_instances, select
@@ -329,6 +329,21 @@ def test_before_the_first_answer_one_request_at_a_time_then_the_largest_seen_is_
         ledger.apply([Settle("b", paid(400))])
         assert ledger.apply([Want("c", "ask", 10)]) == [Over()]
         assert ledger.balance().is_over
+
+
+def test_a_request_that_died_with_its_worker_is_taken_over_after_a_while_and_counted_as_lost(folders: Path) -> None:
+    now = [0.0]
+    ledger = Ledger(folders, "run", 1000, stale_s=60, clock=lambda: now[0])
+    ledger.apply([Want("first", "ask", 1, "dead"), Settle("first", paid(1))])
+    assert ledger.apply([Want("a", "ask", 100, "dead")]) == [Granted()]
+    assert ledger.apply([Want("a", "ask", 100, "alive")]) == [Wait()]
+    now[0] = 61.0
+    assert ledger.apply([Want("a", "ask", 100, "dead")]) == [Wait()]
+    assert ledger.apply([Want("a", "ask", 100, "alive")]) == [Granted()]
+    assert (ledger.balance().lost_nusd, ledger.balance().lost_requests) == (100, 1)
+    assert ledger.apply([Settle("a", paid(7)), Settle("a", paid(7))])  # the dead worker was only slow
+    assert ledger.balance().spent_nusd == 8
+    ledger.close()
 
 
 def test_a_second_process_is_refused_and_a_reopened_ledger_knows_answers_and_outcomes(folders: Path) -> None:
