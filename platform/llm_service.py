@@ -171,8 +171,25 @@ def back_off_s(attempt: int, first_s: float) -> float:
     return random.uniform(0.0, min(_MAX_BACK_OFF_S, first_s * 2.0**attempt))
 
 
-def chat_body(model: str, messages: Any, *, schema_name: str, schema: Mapping[str, Any], max_tokens: int) -> bytes:
-    """A request for structured output as it is sent; the same request is the same bytes."""
+def chat_body(
+    model: str,
+    messages: Any,
+    *,
+    schema_name: str,
+    schema: Mapping[str, Any],
+    max_tokens: int,
+    options: Mapping[str, Any] | None = None,
+) -> bytes:
+    """A request for structured output as it is sent; the same request is the same bytes.
+
+    Args:
+        model: name of the model.
+        messages: the conversation.
+        schema_name: what the schema is called.
+        schema: JSON schema of the answer.
+        max_tokens: longest answer.
+        options: further fields of the body, e.g. `temperature` and `seed`.
+    """
     body = {
         "model": model,
         "max_tokens": max_tokens,
@@ -181,6 +198,7 @@ def chat_body(model: str, messages: Any, *, schema_name: str, schema: Mapping[st
             "type": "json_schema",
             "json_schema": {"name": schema_name, "strict": True, "schema": schema},
         },
+        **(options or {}),
     }
     return json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
 
