@@ -87,7 +87,8 @@ def ask_in_actors(plan: AskPlan, place: LedgerPlace, rows: Sequence[int], on_don
 
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # it announces every dataset on the terminal
     with _ledger_actor(place) as ledger:
-        share = replace(plan, concurrency=math.ceil(plan.concurrency / actors))
+        actors = min(actors, plan.concurrency)
+        share = _share_of(plan, actors)
         per_block = max(1, min(_BLOCK_ROWS, math.ceil(len(rows) / actors)))
         for first in range(0, len(rows), per_block * _BLOCKS_PER_DATASET):
             part = rows[first : first + per_block * _BLOCKS_PER_DATASET]
@@ -109,6 +110,13 @@ def ask_in_actors(plan: AskPlan, place: LedgerPlace, rows: Sequence[int], on_don
             for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
                 _raise_first_error(batch)
                 on_done(batch.num_rows)
+
+
+def _share_of(plan: AskPlan, actors: int) -> AskPlan:
+    """What one of several actors may do, so that together they keep the plan's concurrency and rate."""
+    rate = plan.service.requests_per_minute
+    service = replace(plan.service, requests_per_minute=rate / actors if rate else None)
+    return replace(plan, concurrency=plan.concurrency // actors, service=service)
 
 
 def _raise_first_error(batch: pa.Table) -> None:
