@@ -97,18 +97,18 @@ def measure(preset: str, *, quick: bool, seed: int) -> dict[str, Any]:
             preset, folder / "elastic", steps, every, num_workers=(1, 2), worker_cpus=2.0, max_failures=5,
             resize_check_s=1.0,
         )  # fmt: skip
-        outcome = drills.node_lost_in_a_process_of_its_own(elastic, folder / "elastic" / "run", every + 1, 2)
-        difference = drills.largest_difference(outcome["curve"], whole)
-        recover["node"], repeated["node"] = outcome["recover_s"][0], outcome["steps_repeated"]
-        if len(outcome["recover_s"]) > 1:
-            recover["growth"] = outcome["recover_s"][-1]
-        sizes = " → ".join(map(str, outcome["sizes"]))
+        outcome = drills.in_a_process_of_its_own(elastic, folder / "elastic" / "run", every + 1, grow_after=2)
+        difference = drills.largest_difference(outcome.curve, whole)
+        recover["node"], repeated["node"] = outcome.recover_s[0], outcome.steps_repeated
+        if len(outcome.recover_s) > 1:
+            recover["growth"] = outcome.recover_s[-1]
+        sizes = " → ".join(map(str, outcome.sizes))
         print(f"workers {sizes}: node lost {recover['node']:.1f} s, largest difference of a loss {difference:.2g}")
     return {
         "bitwise_equal": is_equal,
         "stopped_after": stops,
         "elastic_max_difference": difference,
-        "elastic_workers": outcome["sizes"],
+        "elastic_workers": outcome.sizes,
         "recover_s": recover,
         "steps_repeated": repeated,
         "checkpoint_every": every,

@@ -13,8 +13,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +153,23 @@ def driver_killed(settings: Settings, run_dir: Path, address: str, after_step: i
     return outcome, recover_s, reached - (outcome.result.resumed_from or 0)
 
 
+@contextmanager
+def own_cluster() -> Iterator[tuple[Any, Any]]:
+    """A cluster of two nodes that this process is connected to; yields it and its second node."""
+    import ray
+    from ray.cluster_utils import Cluster
+
+    head = {"num_cpus": NODE_CPUS, "include_dashboard": True, "dashboard_port": 0}
+    cluster = Cluster(initialize_head=True, head_node_args=head | {"_system_config": dict(QUICK_HEALTH_CHECKS)})
+    try:
+        node = cluster.add_node(num_cpus=NODE_CPUS)
+        ray.init(address=cluster.address, log_to_driver=False, configure_logging=False)
+        yield cluster, node
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+
+
 def node_lost(settings: Settings, run_dir: Path, after_step: int, grow_after: int | None) -> Outcome:
     """A node is killed with the worker on it, and another one joins later; in a cluster of this process's own.
 
@@ -161,15 +179,8 @@ def node_lost(settings: Settings, run_dir: Path, after_step: int, grow_after: in
         after_step: when the node goes.
         grow_after: steps with one worker after which a node joins; None: none does.
     """
-    import ray
-    from ray.cluster_utils import Cluster
-
-    head = {"num_cpus": NODE_CPUS, "include_dashboard": True, "dashboard_port": 0}
-    cluster = Cluster(initialize_head=True, head_node_args=head | {"_system_config": dict(QUICK_HEALTH_CHECKS)})
-    try:
-        lost = cluster.add_node(num_cpus=NODE_CPUS)
-        ray.init(address=cluster.address, log_to_driver=False, configure_logging=False)
-        state = {"lost_at": 0, "has_grown": False}
+    state = {"lost_at": 0, "has_grown": False}
+    with own_cluster() as (cluster, lost):
 
         def fault(view: Recorder) -> None:
             if not state["lost_at"] and view.step >= after_step and view.num_workers == 2:
@@ -181,9 +192,31 @@ def node_lost(settings: Settings, run_dir: Path, after_step: int, grow_after: in
                 cluster.add_node(num_cpus=NODE_CPUS, wait=False)
 
         return run_in_group(settings, run_dir, fault)
-    finally:
-        ray.shutdown()
-        cluster.shutdown()
+
+
+def node_drained(settings: Settings, run_dir: Path, after_step: int) -> Outcome:
+    """Ray announces that a node is about to be taken away (pre-emption, in a minute); the run stops as resumable.
+
+    Args:
+        settings: with two workers and `worker_cpus` of 2.
+        run_dir: of the run.
+        after_step: when the notice comes.
+    """
+    announced: list[subprocess.Popen[bytes]] = []
+    with own_cluster() as (cluster, node):
+
+        def fault(view: Recorder) -> None:
+            if not announced and view.step >= after_step:
+                command = [sys.executable, "-m", "ray.scripts.scripts", "drain-node", "--address", cluster.address]
+                command += ["--node-id", node.node_id, "--reason", "DRAIN_NODE_REASON_PREEMPTION"]
+                command += ["--reason-message", "a drill", "--deadline-remaining-seconds", "60"]
+                announced.append(subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
+
+        try:
+            return run_in_group(settings, run_dir, fault)
+        finally:
+            for command in announced:
+                command.wait(60)
 
 
 def disk_full(settings: Settings, run_dir: Path, at_step: int) -> tuple[Outcome, float]:
@@ -298,12 +331,15 @@ def _drive() -> None:
         parser.add_argument(name)
     parser.add_argument("--after-step", type=int, default=0)
     parser.add_argument("--grow-after", type=int)
+    parser.add_argument("--drain", action="store_true")
     options = parser.parse_args()
     settings, run_dir, progress = load_settings(options.settings), Path(options.run_dir), Path(options.progress)
     if options.address == "own":
-        outcome = node_lost(settings, run_dir, options.after_step, options.grow_after)
-        progress.write_text(json.dumps({"curve": outcome.curve, "recover_s": outcome.recover_s, "sizes": outcome.sizes,
-                                        "steps_repeated": outcome.steps_repeated, "notes": outcome.notes}))  # fmt: skip
+        if options.drain:
+            outcome = node_drained(settings, run_dir, options.after_step)
+        else:
+            outcome = node_lost(settings, run_dir, options.after_step, options.grow_after)
+        progress.write_text(json.dumps(asdict(outcome)))
         return
     import ray
 
@@ -317,16 +353,17 @@ def _replace_text(path: Path, text: str) -> None:
     Path(file.name).replace(path)
 
 
-def node_lost_in_a_process_of_its_own(
-    settings: Settings, run_dir: Path, after_step: int, grow_after: int | None
-) -> dict[str, Any]:
-    """`node_lost` beside a Ray cluster that this process is connected to; returns the outcome's fields."""
+def in_a_process_of_its_own(
+    settings: Settings, run_dir: Path, after_step: int, *, grow_after: int | None = None, drain: bool = False
+) -> Outcome:
+    """`node_lost`, or with `drain` `node_drained`, beside a Ray cluster that this process is connected to."""
     run_dir.mkdir(parents=True, exist_ok=True)
     recipe, out = run_dir / "settings.yaml", run_dir / "outcome.json"
     recipe.write_text(settings.to_yaml(), encoding="utf-8")
     command = [sys.executable, "-m", "benchmarks.resume_drills", str(recipe), str(run_dir), "own", str(out)]
     command += ["--after-step", str(after_step)]
     command += ["--grow-after", str(grow_after)] if grow_after is not None else []
+    command += ["--drain"] if drain else []
     with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as scratch:  # sockets want short paths
         environment = os.environ | {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2", "RAY_TMPDIR": scratch}
         environment.pop("RAY_ADDRESS", None)
@@ -341,8 +378,9 @@ def node_lost_in_a_process_of_its_own(
         )
     if not out.exists():
         raise RuntimeError(f"the drill ended without a result: {done.stderr[-3000:]}")
-    outcome: dict[str, Any] = json.loads(out.read_text())
-    return outcome | {"curve": {int(step): loss for step, loss in outcome["curve"].items()}}
+    fields: dict[str, Any] = json.loads(out.read_text())
+    fields["curve"] = {int(step): loss for step, loss in fields["curve"].items()}
+    return Outcome(**fields | {"result": WorkerResult(**fields["result"])})
 
 
 if __name__ == "__main__":

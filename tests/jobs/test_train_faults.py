@@ -7,7 +7,7 @@ from micro_run import micro_settings
 
 from benchmarks import resume_drills as drills
 
-STEPS, EVERY = 24, 4
+STEPS, EVERY = 14, 3
 
 
 @pytest.fixture(scope="module")
@@ -49,16 +49,27 @@ def test_a_killed_driver_is_followed_by_one_that_goes_on(
     assert outcome.curve == pytest.approx({step: undisturbed[0][step] for step in outcome.curve}, abs=1e-5)
 
 
-def test_a_lost_node_leaves_a_smaller_group_that_grows_back_with_the_same_global_batches(
+def test_a_lost_node_leaves_a_smaller_group_with_the_same_global_batches(
     demo_shards: dict[str, str], tmp_path: Path, undisturbed: dict[int, dict[int, float]]
 ) -> None:
     settings = micro_settings(
         demo_shards, tmp_path, steps=STEPS, num_workers=[1, 2], worker_cpus=2.0, checkpoint_every=EVERY, max_failures=5,
         resize_check_s=1.0,
     )  # fmt: skip
-    outcome = drills.node_lost_in_a_process_of_its_own(
-        settings, tmp_path / "run", after_step=EVERY + 1, grow_after=None
+    outcome = drills.in_a_process_of_its_own(settings, tmp_path / "run", after_step=EVERY + 1)
+    assert outcome.sizes == [2, 1]
+    assert outcome.steps_repeated <= EVERY
+    assert any("with 1 workers instead of 2" in note for note in outcome.notes)
+    assert outcome.curve == pytest.approx(undisturbed[2], abs=1e-5)
+
+
+def test_a_notice_that_a_node_goes_away_leaves_a_checkpoint_and_a_run_to_go_on_with(
+    demo_shards: dict[str, str], tmp_path: Path
+) -> None:
+    settings = micro_settings(
+        demo_shards, tmp_path, steps=2000, num_workers=2, worker_cpus=2.0, checkpoint_every=2000, zero_stage=0
     )
-    assert outcome["sizes"] == [2, 1]
-    assert outcome["steps_repeated"] <= EVERY
-    assert outcome["curve"] == pytest.approx(undisturbed[2], abs=1e-5)
+    outcome = drills.in_a_process_of_its_own(settings, tmp_path / "run", after_step=2, drain=True)
+    assert outcome.result.interrupted
+    assert any("is about to be taken away" in note for note in outcome.notes)
+    assert drills.steps_on_disk(tmp_path / "run") == [outcome.result.step]

@@ -41,11 +41,9 @@ def test_the_7b_recipe_says_the_released_hyper_parameters_in_its_own_text() -> N
     for name in ("pixellm-7b", "pixellm-13b"):
         settings = load_settings(name)
         assert settings.train.global_batch_size == 160
-        shares: dict[str, float] = {}
-        for source in settings.data.sources:
-            family = "refer" if "ref" in source.uri else source.group
-            shares[family] = shares.get(family, 0.0) + source.weight
-        assert shares == pytest.approx({"segmentation": 2, "refer": 9, "vqa": 2, "muse": 4})
+        assert settings.data.group_weights == {"semantic": 2, "referring": 9, "vqa": 2, "muse": 4}
+        assert {source.group for source in settings.data.sources} == set(settings.data.group_weights)
+        assert {source.weight for source in settings.data.sources} == {1.0}  # uniform within a group
 
 
 def test_the_ablations_differ_from_the_full_method_in_what_their_table_varies_only() -> None:
