@@ -94,7 +94,7 @@ class PixelLMClient:
         base_url: of the service.
         api_key: sent as a bearer token; None where the service needs none.
         timeout_s: for one try.
-        max_retries: tries after the first, when the service is busy (429, 503) or the connection fails.
+        max_retries: tries after the first, when the service is busy (429, 503), cannot be reached, or its ingress dies.
         transport: replaces the network, for tests.
     """
 

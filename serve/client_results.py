@@ -290,6 +290,13 @@ def _seconds(text: str | None) -> float | None:
         return None
 
 
+def _is_worth_another(response: httpx.Response) -> bool:
+    """Busy; or the ingress died under the question, which Ray Serve's proxy says as 500 in plain text."""
+    if response.status_code in _RETRIED_STATUSES:
+        return True
+    return response.status_code == 500 and response.headers.get("content-type", "").startswith("text/plain")
+
+
 def wait_before_retry_s(response: httpx.Response | None, attempt: int, max_retries: int, jitter: float) -> float | None:
     """How long to wait before sending a request again.
 
@@ -302,7 +309,7 @@ def wait_before_retry_s(response: httpx.Response | None, attempt: int, max_retri
     Returns:
         Seconds, at least what `Retry-After` asks for; None: do not send it again.
     """
-    if attempt >= max_retries or (response is not None and response.status_code not in _RETRIED_STATUSES):
+    if attempt >= max_retries or not (response is None or _is_worth_another(response)):
         return None
     wanted = None if response is None else _seconds(response.headers.get("Retry-After"))
     backoff = 0.25 * 2**attempt

@@ -96,6 +96,9 @@ def test_a_refusal_is_not_asked_again_and_keeps_what_was_wrong(asks: Any, waits:
     with pytest.raises(ServingError, match=r"502.*nginx"):
         asks(httpx.Response(502, text="<html>nginx</html>"))
     assert waits == []
+    died = httpx.Response(500, text="The actor died")  # Ray Serve's proxy, when the ingress dies under a question
+    assert asks(died, httpx.Response(200, json=ANSWER)).text == "hi"
+    assert len(waits) == 1
 
 
 def test_a_picture_file_that_is_not_there_is_named() -> None:
