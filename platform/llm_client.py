@@ -56,7 +56,7 @@ class LanguageModelClient:
     """Asks one endpoint; an asynchronous context manager.
 
     Args:
-        service: the endpoint; None where only the cache may answer.
+        service: the endpoint; offline, its address still is part of the key.
         cache_file: SQLite file; made when absent.
         revision: of the model behind the endpoint, part of the key (a name such as "gpt-4o" may change its meaning).
         spending: limit and prices.

@@ -12,7 +12,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from pycocotools import mask as coco_mask
 from scipy.optimize import linear_sum_assignment
+
+from pixellm.platform.masks import Rle
 
 Masks = Sequence[npt.NDArray[np.bool_]]
 
@@ -70,9 +73,24 @@ def overlaps(truths: Masks, predictions: Masks) -> tuple[npt.NDArray[np.int64], 
     truth_TN: npt.NDArray[Any] = np.stack([mask.ravel() for mask in truths]).astype(dtype)
     prediction_PN: npt.NDArray[Any] = np.stack([mask.ravel() for mask in predictions]).astype(dtype)
     both = (truth_TN @ prediction_PN.T).astype(np.int64)
-    areas_T = np.array([np.count_nonzero(mask) for mask in truths], dtype=np.int64)
-    areas_P = np.array([np.count_nonzero(mask) for mask in predictions], dtype=np.int64)
-    return both, areas_T[:, None] + areas_P[None, :] - both
+    return both, _unions(both, _areas(truths), _areas(predictions))
+
+
+def rle_overlaps(
+    truths: Sequence[Rle], predictions: Sequence[Rle]
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """As `overlaps`, of run-length codes: the cost follows the runs, not the pixels.
+
+    pycocotools gives I / U as a double; with both areas known, the whole number I = IoU·(A + B) / (1 + IoU) comes back
+    exactly by rounding (areas are far below 2**50).
+    """
+    if not len(truths) or not len(predictions):
+        empty = np.zeros((len(truths), len(predictions)), dtype=np.int64)
+        return empty, empty
+    iou_TP = np.asarray(coco_mask.iou(list(truths), list(predictions), [0] * len(predictions)), dtype=np.float64)
+    areas_T, areas_P = _rle_areas(truths), _rle_areas(predictions)
+    both = np.rint(iou_TP * (areas_T[:, None] + areas_P[None, :]) / (1.0 + iou_TP)).astype(np.int64)
+    return both, _unions(both, areas_T, areas_P)
 
 
 def score_question(
@@ -88,10 +106,45 @@ def score_question(
         is_ordered: prediction k is meant for target k (teacher-forced); nothing is matched.
     """
     if ignore is not None:
-        truths, predictions = _without(truths, predictions, ignore)
+        truths, predictions = without_ignored(truths, predictions, ignore)
     both, either = overlaps(truths, predictions)
+    return _score(both, either, _areas(truths), _areas(predictions), is_ordered=is_ordered)
+
+
+def score_rles(truths: Sequence[Rle], predictions: Sequence[Rle], *, is_ordered: bool = False) -> QuestionScore:
+    """As `score_question`, of run-length codes of the same size."""
+    both, either = rle_overlaps(truths, predictions)
+    return _score(both, either, _rle_areas(truths), _rle_areas(predictions), is_ordered=is_ordered)
+
+
+def score_merged(truths: Sequence[Rle], predictions: Sequence[Rle]) -> QuestionScore:
+    """One place for all targets together: the union of the truths against the union of the predictions.
+
+    This is how single referring and reasoning benchmarks count (paper Sec. 5.2: "we follow previous methods"), and how
+    the paper treats models with one mask per answer on MUSE (Sec. 5.3).
+    """
+    if not truths and not predictions:
+        return QuestionScore((), 0, 0)
+    merged = [_merge(masks) for masks in (truths, predictions)]
+    whole = score_rles(*merged)
+    return QuestionScore(whole.pairs, len(truths), len(predictions))
+
+
+def _merge(masks: Sequence[Rle]) -> list[Rle]:
+    return [coco_mask.merge(list(masks))] if masks else []
+
+
+def _score(
+    both: npt.NDArray[np.int64],
+    either: npt.NDArray[np.int64],
+    areas_T: npt.NDArray[np.int64],
+    areas_P: npt.NDArray[np.int64],
+    *,
+    is_ordered: bool,
+) -> QuestionScore:
+    num_truths, num_predictions = len(areas_T), len(areas_P)
     if is_ordered:
-        rows = columns = np.arange(min(len(truths), len(predictions)))
+        rows = columns = np.arange(min(num_truths, num_predictions))
     else:
         ious = np.where(either > 0, both / np.maximum(either, 1), 1.0)
         rows, columns = linear_sum_assignment(-ious)
@@ -99,15 +152,28 @@ def score_question(
     pairs = [
         MaskPair(truth, matched[truth], int(both[truth, matched[truth]]), int(either[truth, matched[truth]]))
         if truth in matched
-        else MaskPair(truth, None, 0, int(np.count_nonzero(truths[truth])))
-        for truth in range(len(truths))
+        else MaskPair(truth, None, 0, int(areas_T[truth]))
+        for truth in range(num_truths)
     ]
+    taken = set(matched.values())
     pairs += [
-        MaskPair(None, column, 0, int(np.count_nonzero(predictions[column])))
-        for column in range(len(predictions))
-        if column not in matched.values()
+        MaskPair(None, column, 0, int(areas_P[column])) for column in range(num_predictions) if column not in taken
     ]
-    return QuestionScore(tuple(pairs), len(truths), len(predictions))
+    return QuestionScore(tuple(pairs), num_truths, num_predictions)
+
+
+def _unions(
+    both: npt.NDArray[np.int64], areas_T: npt.NDArray[np.int64], areas_P: npt.NDArray[np.int64]
+) -> npt.NDArray[np.int64]:
+    return areas_T[:, None] + areas_P[None, :] - both
+
+
+def _areas(masks: Masks) -> npt.NDArray[np.int64]:
+    return np.array([np.count_nonzero(mask) for mask in masks], dtype=np.int64)
+
+
+def _rle_areas(masks: Sequence[Rle]) -> npt.NDArray[np.int64]:
+    return np.asarray(coco_mask.area(list(masks)), dtype=np.int64) if masks else np.zeros(0, dtype=np.int64)
 
 
 @dataclass
@@ -146,7 +212,10 @@ class SegmentationMeter:
         }
 
 
-def _without(truths: Masks, predictions: Masks, ignore: npt.NDArray[np.bool_]) -> tuple[Masks, Masks]:
+def without_ignored(
+    truths: Masks, predictions: Masks, ignore: npt.NDArray[np.bool_]
+) -> tuple[list[npt.NDArray[np.bool_]], list[npt.NDArray[np.bool_]]]:
+    """Both sides without the pixels of `ignore`; predictions that lie there by more than half are left out."""
     kept = [
         mask & ~ignore
         for mask in predictions

@@ -91,8 +91,13 @@ def _turns(row: Row, number: int, suite: Suite, limits: ComposeLimits) -> list[T
         }
         order = {(dialogue.question, dialogue.answer): place for place, dialogue in enumerate(row.dialogues)}
         return sorted(written, key=lambda turn: order[turn.question, turn.answer])
-    tries: list[Dialogue] = [compose(row, suite, _rng(number, seed), limits) for seed in range(_TRIES)]
-    return [max(tries, key=lambda dialogue: min(2, len(dialogue.turns[0].target_indices))).turns[0]]
+    return [composed_turn(row, number, limits)]
+
+
+def composed_turn(row: Row, number: int, limits: ComposeLimits) -> Turn:
+    """The composed question about row `number`: of some tries, the first that asks for several targets."""
+    tries: list[Dialogue] = [compose(row, "segmentation", _rng(number, seed), limits) for seed in range(_TRIES)]
+    return max(tries, key=lambda dialogue: min(2, len(dialogue.turns[0].target_indices))).turns[0]
 
 
 def _rng(number: int, seed: int) -> np.random.Generator:
