@@ -5,6 +5,8 @@ pays for answers decides by these three.
 """
 
 import asyncio
+import base64
+import hashlib
 import json
 import math
 import random
@@ -64,6 +66,47 @@ class ChatAnswer:
     prompt_tokens: int | None
     completion_tokens: int | None
     cost_usd: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class DataUrl:
+    """A picture for a message's `image_url`: large, so a request neither scans nor hashes it again.
+
+    Attributes:
+        content: the URL, ASCII.
+        digest: SHA-256 of the picture (hex), which stands for it in a request's key.
+    """
+
+    content: bytes
+    digest: str
+
+    @staticmethod
+    def of(media_type: str, picture: bytes) -> "DataUrl":
+        """The URL of an encoded picture."""
+        content = b"data:" + media_type.encode() + b";base64," + base64.b64encode(picture)
+        return DataUrl(content, hashlib.sha256(picture).hexdigest())
+
+    @property
+    def stand_in(self) -> str:
+        """What stands in its place until the request is put together."""
+        return f"@@data-url-{self.digest}@@"
+
+
+@dataclass(frozen=True, slots=True)
+class ChatRequest:
+    """A request as it is sent.
+
+    Attributes:
+        body: JSON.
+        key: names the request: equal keys, equal bodies.
+        text_bytes: length of the body without its pictures.
+        num_pictures: pictures in it.
+    """
+
+    body: bytes
+    key: str
+    text_bytes: int
+    num_pictures: int
 
 
 class AttemptError(Exception):
@@ -128,7 +171,7 @@ class ChatService:
         """Sends a request once.
 
         Args:
-            body: from `chat_body`.
+            body: of a `ChatRequest`.
 
         Raises:
             AttemptError: there is no answer.
@@ -171,26 +214,19 @@ def back_off_s(attempt: int, first_s: float) -> float:
     return random.uniform(0.0, min(_MAX_BACK_OFF_S, first_s * 2.0**attempt))
 
 
-def chat_body(
-    model: str,
-    messages: Any,
-    *,
-    schema_name: str,
-    schema: Mapping[str, Any],
-    max_tokens: int,
-    options: Mapping[str, Any] | None = None,
-) -> bytes:
-    """A request for structured output as it is sent; the same request is the same bytes.
+def chat_request(
+    model: str, messages: Any, *, schema_name: str, schema: Mapping[str, Any], max_tokens: int
+) -> ChatRequest:
+    """A request for structured output; its messages may hold a `DataUrl` wherever a picture's URL belongs."""
+    urls: list[DataUrl] = []
 
-    Args:
-        model: name of the model.
-        messages: the conversation.
-        schema_name: what the schema is called.
-        schema: JSON schema of the answer.
-        max_tokens: longest answer.
-        options: further fields of the body, e.g. `temperature` and `seed`.
-    """
-    body = {
+    def stand_in(value: object) -> str:
+        if not isinstance(value, DataUrl):
+            raise TypeError(f"{type(value).__name__} is no part of a request")
+        urls.append(value)
+        return value.stand_in
+
+    content = {
         "model": model,
         "max_tokens": max_tokens,
         "messages": messages,
@@ -198,9 +234,12 @@ def chat_body(
             "type": "json_schema",
             "json_schema": {"name": schema_name, "strict": True, "schema": schema},
         },
-        **(options or {}),
     }
-    return json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
+    body = json.dumps(content, ensure_ascii=False, separators=(",", ":"), default=stand_in).encode("utf-8", "replace")
+    key, text_bytes = hashlib.sha256(body).hexdigest(), len(body)
+    for url in urls:
+        body = body.replace(url.stand_in.encode(), url.content, 1)
+    return ChatRequest(body, key, text_bytes, len(urls))
 
 
 def _read_answer(content: bytes) -> ChatAnswer:

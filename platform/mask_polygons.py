@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from pycocotools import mask as coco_mask
 
-from pixellm.platform.masks import BoolMask, Rle, rle_decode
+from pixellm.platform.masks import BoolMask, Rle, mask_box, rle_decode
 
 _Point = tuple[int, int]
 
@@ -23,12 +23,14 @@ def rle_to_polygons(rle: Rle) -> list[list[float]] | None:
         One polygon per outline where the mask has no hole, else one in all. None if pycocotools would not fill them to
         exactly the same mask (then only the run-length code says what it is).
     """
-    loops = list(_loops(rle_decode(rle)))
+    box = mask_box(rle)
+    if box is None:
+        return None
+    x0, y0, x1, y1 = (int(side) for side in box)
+    loops = [[(x + x0, y + y0) for x, y in loop] for loop in _loops(rle_decode(rle)[y0:y1, x0:x1])]
     has_hole = any(_signed_area(loop) < 0 for loop in loops)
     rings = [_bridged(loops)] if has_hole else loops
     polygons = [[float(value) for point in ring for value in point] for ring in rings]
-    if not polygons:
-        return None
     height, width = rle["size"]
     filled = coco_mask.merge(coco_mask.frPyObjects(polygons, height, width))
     return polygons if bytes(filled["counts"]) == bytes(rle["counts"]) else None

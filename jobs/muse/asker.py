@@ -5,15 +5,13 @@ can make a later run repeat is never more than that many.
 """
 
 import asyncio
-import hashlib
 import math
 import uuid
-from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 from pixellm.errors import LanguageModelError
 from pixellm.jobs.muse.asking import AskOptions, NoAnswerError, OutOfBudgetError, Request, ask_about
@@ -23,7 +21,15 @@ from pixellm.jobs.muse.outcomes import Outcome
 from pixellm.jobs.muse.pictures import SentPicture, prepare_picture
 from pixellm.platform.data.schema import Row
 from pixellm.platform.data.shards import ShardedDataset
-from pixellm.platform.llm_service import AttemptError, ChatAnswer, ChatService, ServiceSettings, back_off_s, chat_body
+from pixellm.platform.llm_service import (
+    AttemptError,
+    ChatAnswer,
+    ChatRequest,
+    ChatService,
+    ServiceSettings,
+    back_off_s,
+    chat_request,
+)
 
 #: Nano-dollars per token of a price of one dollar per million tokens.
 _NUSD_PER_TOKEN = 1000
@@ -135,27 +141,26 @@ class Asker:
         return row, prepare_picture(row.image, self._plan.options.longest_side)
 
     async def _ask(self, request: Request) -> Answer:
-        body = chat_body(
+        sent = chat_request(
             request.model,
             request.messages,
             schema_name=request.schema_name,
             schema=request.schema,
             max_tokens=request.max_tokens,
         )
-        key = hashlib.sha256(body).hexdigest()
-        reserve_nusd = self._most_nusd(body, request)
+        reserve_nusd = self._most_nusd(sent, request)
         failure = ""
         for attempt in range(self._plan.service.attempts):
             if attempt:
                 await asyncio.sleep(back_off_s(attempt - 1, self._plan.service.back_off_s))
-            reply = await self._link.want(Want(key, request.kind, reserve_nusd, self._holder))
+            reply = await self._link.want(Want(sent.key, request.kind, reserve_nusd, self._holder))
             if isinstance(reply, Over):
                 raise OutOfBudgetError
             if isinstance(reply, Answer):
                 return reply
             assert isinstance(reply, Granted)
             try:
-                answer = await self._attempt(key, body, reserve_nusd)
+                answer = await self._attempt(sent, reserve_nusd)
             except AttemptError as error:
                 failure = str(error)
                 if not error.can_retry:
@@ -171,24 +176,23 @@ class Asker:
             )
         raise NoAnswerError(failure)
 
-    async def _attempt(self, key: str, body: bytes, reserve_nusd: int) -> Answer:
+    async def _attempt(self, sent: ChatRequest, reserve_nusd: int) -> Answer:
         """One attempt in one of the places; the ledger knows of its end, whatever it is, before the place is free."""
         async with self._places:
             await self._service.wait_for_turn()
             try:
-                found = await self._service.attempt(body)
+                found = await self._service.attempt(sent.body)
             except (AttemptError, LanguageModelError) as error:
                 may_be_billed = isinstance(error, AttemptError) and error.may_be_billed
-                await self._link.tell(Release(key, may_be_billed))
+                await self._link.tell(Release(sent.key, may_be_billed))
                 raise
             answer = self._priced(found, reserve_nusd)
-            await self._link.tell(Settle(key, answer))
+            await self._link.tell(Settle(sent.key, answer))
             return answer
 
-    def _most_nusd(self, body: bytes, request: Request) -> int:
+    def _most_nusd(self, sent: ChatRequest, request: Request) -> int:
         """More than the request can cost, as far as that can be known before."""
-        urls = [len(url) for url in _image_urls(request.messages)]
-        tokens = (len(body) - sum(urls)) // _BYTES_PER_TOKEN + len(urls) * self._plan.prices.image_tokens
+        tokens = sent.text_bytes // _BYTES_PER_TOKEN + sent.num_pictures * self._plan.prices.image_tokens
         return self._plan.prices.cost_nusd(tokens, request.max_tokens)
 
     def _priced(self, found: ChatAnswer, reserve_nusd: int) -> Answer:
@@ -200,8 +204,3 @@ class Asker:
             cost = self._plan.prices.cost_nusd(found.prompt_tokens, found.completion_tokens)
         tokens = (found.prompt_tokens or 0, found.completion_tokens or 0)
         return Answer(found.text, found.is_refused, found.is_cut, *tokens, cost)
-
-
-def _image_urls(messages: Sequence[Mapping[str, Any]]) -> list[str]:
-    parts = [part for message in messages if isinstance(message["content"], list) for part in message["content"]]
-    return [part["image_url"]["url"] for part in parts if part["type"] == "image_url"]

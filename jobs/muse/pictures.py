@@ -1,11 +1,11 @@
 """A picture as it is sent: within the asked size, upright, as a data URL."""
 
-import base64
 import io
 from dataclasses import dataclass
 
 from PIL import Image, ImageOps
 
+from pixellm.platform.llm_service import DataUrl
 from pixellm.platform.masks import Box
 
 _SENT_AS_IT_IS = {"JPEG": "image/jpeg", "PNG": "image/png", "WEBP": "image/webp"}
@@ -16,7 +16,7 @@ _ORIENTATION = 0x0112
 class SentPicture:
     """A picture for a request: its data URL and its (height, width) in pixels."""
 
-    url: str
+    url: DataUrl
     size: tuple[int, int]
 
 
@@ -31,13 +31,13 @@ def prepare_picture(encoded: bytes, longest_side: int) -> SentPicture:
         media_type = _SENT_AS_IT_IS.get(picture.format or "")
         is_upright = picture.getexif().get(_ORIENTATION, 1) == 1
         if media_type and is_upright and max(picture.size) <= longest_side:
-            return SentPicture(_data_url(media_type, encoded), (picture.height, picture.width))
+            return SentPicture(DataUrl.of(media_type, encoded), (picture.height, picture.width))
         picture.draft("RGB", (longest_side, longest_side))
         upright = ImageOps.exif_transpose(picture).convert("RGB")
     upright.thumbnail((longest_side, longest_side), Image.Resampling.BICUBIC)
     sink = io.BytesIO()
     upright.save(sink, "JPEG", quality=90)
-    return SentPicture(_data_url("image/jpeg", sink.getvalue()), (upright.height, upright.width))
+    return SentPicture(DataUrl.of("image/jpeg", sink.getvalue()), (upright.height, upright.width))
 
 
 def scale_box(box: Box, from_size: tuple[int, int], to_size: tuple[int, int]) -> Box:
@@ -45,7 +45,3 @@ def scale_box(box: Box, from_size: tuple[int, int], to_size: tuple[int, int]) ->
     down, across = to_size[0] / from_size[0], to_size[1] / from_size[1]
     x0, y0, x1, y1 = box
     return (x0 * across, y0 * down, x1 * across, y1 * down)
-
-
-def _data_url(media_type: str, content: bytes) -> str:
-    return f"data:{media_type};base64,{base64.b64encode(content).decode('ascii')}"

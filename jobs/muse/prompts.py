@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pixellm.jobs.muse.selection import Instance
+from pixellm.platform.llm_service import DataUrl
 
 #: Part of what names a run: answers to other instructions are no answers to these.
 PROMPT_VERSION = 1
@@ -77,7 +78,13 @@ VERDICT_SCHEMA = _object(keep={"type": "boolean"}, reason={"type": "string"})
 
 
 def ask_messages(
-    instances: Sequence[Instance], size: tuple[int, int], count: int, most: int, *, image_url: str | None, caption: str
+    instances: Sequence[Instance],
+    size: tuple[int, int],
+    count: int,
+    most: int,
+    *,
+    image_url: DataUrl | None,
+    caption: str,
 ) -> list[dict[str, Any]]:
     """The first request about a picture.
 
@@ -114,20 +121,20 @@ def repair_messages(
     return [*map(dict, first), {"role": "assistant", "content": answer}, {"role": "user", "content": order}]
 
 
-def caption_messages(image_url: str) -> list[dict[str, Any]]:
+def caption_messages(image_url: DataUrl) -> list[dict[str, Any]]:
     """Asks for a description of the picture, which the text-only generator then works from."""
     return [{"role": "system", "content": _CAPTION_TASK}, _user({}, image_url)]
 
 
 def judge_messages(
-    question: str, answer: str, objects: Sequence[Mapping[str, Any]], image_url: str
+    question: str, answer: str, objects: Sequence[Mapping[str, Any]], image_url: DataUrl
 ) -> list[dict[str, Any]]:
     """Asks for a second opinion on one pair; `objects` have `id`, `class`, `box` and `description`."""
     material = {"question": question, "answer": answer, "objects": list(objects)}
     return [{"role": "system", "content": _JUDGE_TASK}, _user(material, image_url)]
 
 
-def _user(material: Mapping[str, Any], image_url: str | None) -> dict[str, Any]:
+def _user(material: Mapping[str, Any], image_url: DataUrl | None) -> dict[str, Any]:
     parts: list[dict[str, Any]] = []
     if image_url:
         parts.append({"type": "image_url", "image_url": {"url": image_url}})

@@ -47,13 +47,14 @@ def write_released(rows: Iterable[Row], uri: str | Path) -> None:
 def released_entry(row: Row) -> dict[str, Any]:
     """One picture with its questions in the released form."""
     dialogues = [dialogue for dialogue in row.dialogues if dialogue.kind == "muse"]
+    drawn: dict[int, Any] = {}
     return {
         "file_name": file_name(row.image_id, row.image),
         "height": row.height,
         "width": row.width,
         "ann_list": [_as_number(target.target_id) for target in row.targets],
         "questions": [dialogue.question for dialogue in dialogues],
-        "answers": [list(_objects(row, dialogue)) for dialogue in dialogues],
+        "answers": [list(_objects(row, dialogue, drawn)) for dialogue in dialogues],
         "text_answers": [dialogue.answer for dialogue in dialogues],
     }
 
@@ -69,12 +70,14 @@ def file_name(image_id: str, encoded: bytes) -> str:
     return safe + suffix
 
 
-def _objects(row: Row, dialogue: RowDialogue) -> Iterator[dict[str, Any]]:
+def _objects(row: Row, dialogue: RowDialogue, drawn: dict[int, Any]) -> Iterator[dict[str, Any]]:
     for index, phrase in zip(dialogue.target_ids, dialogue.phrases, strict=True):
         target = row.targets[index]
+        if index not in drawn:
+            drawn[index] = _segmentation(target)
         yield {
             "id": _as_number(target.target_id),
-            "segmentation": _segmentation(target),
+            "segmentation": drawn[index],
             "bbox": _corner_and_sides(target.box),
             "area": target.area,
             "category_name": target.category,
