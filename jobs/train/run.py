@@ -126,7 +126,8 @@ def train(settings: Settings, *, progress: bool = True, fresh: bool = False) -> 
         digests = _digests(settings, sources)
         if state.state != "new":
             check_same_run(state, settings, digests)
-        is_at_end = state.step >= settings.train.steps or bool(state.result.get("ended_early"))
+        is_over = bool(state.result.get("ended_early")) and settings.train.validation.patience is not None
+        is_at_end = state.step >= settings.train.steps or is_over
         if state.state == "finished" and is_at_end:
             return TrainResult(**(state.result | {"already_finished": True, "samples_per_s": math.nan}))
         build_processor(settings)  # a preset or tokenizer that does not fit shows now

@@ -11,9 +11,18 @@ from micro_run import micro_settings
 
 from pixellm.errors import CheckpointError, ClusterError, ConfigError, DataError, PixelLMError
 from pixellm.jobs.train.channel import Channel, WorkerLine
-from pixellm.jobs.train.events import CheckpointEvent, StartEvent, StatusEvent, StepRecord
+from pixellm.jobs.train.events import (
+    CheckpointEvent,
+    StartEvent,
+    StatusEvent,
+    StepRecord,
+    UploadEvent,
+    ValidationEvent,
+    WorkerPlace,
+)
 from pixellm.jobs.train.group import worker_cpus
 from pixellm.jobs.train.interrupt import stop_on_signals
+from pixellm.jobs.train.plan import speed_of_light
 from pixellm.jobs.train.progress import TrainingView
 from pixellm.jobs.train.run_folder import RunFolder, RunState, check_same_run, identity_of
 from pixellm.platform.observability import ProgressLine
@@ -112,6 +121,44 @@ def test_faults_are_told_in_words() -> None:
     assert len(view.recover_s) == 1
     assert "recovered in" in said
     assert view.steps_repeated == 1
+
+
+def test_validations_copies_sizes_and_mfu_are_told() -> None:
+    view, stream, tracker = _view()
+    places = (WorkerPlace("n1", "left", 11), WorkerPlace("n2", "right", 12))
+    view.flops_per_token, view.peak_flops = 1e6, 4e9
+    view.take([StartEvent(0, None, (), places), _record(1)])
+    assert "MFU % 20" in stream.getvalue()  # 1600 tokens/s × 1e6 operations on two devices of 4e9
+    view.take([ValidationEvent(1, {"giou": 0.25, "text_loss": 2.0, "num_questions": 8}, True, None, 0.5)])
+    view.take([UploadEvent(1, "s3://a", 2.0, 4), UploadEvent(2, "s3://a", 9.0, 6, "TimeoutError: no answer")])
+    view.take([StartEvent(0, None, (), places[:1]), _record(1), StartEvent(1, None, (), places), _record(2)])
+    said = stream.getvalue()
+    assert "validation after step 1: giou 0.25, text_loss 2 (best)" in said
+    assert "the checkpoint of step 1 was copied to s3://a at attempt 4" in said
+    assert "warning: the checkpoint of step 2 was not copied to s3://a in 6 attempts: TimeoutError: no answer" in said
+    assert "a worker was lost after step 1; it goes on from step 0 with 1 workers instead of 2" in said
+    assert "the group grows after step 1; it goes on from step 1 with 2 workers instead of 1" in said
+    assert (1, {"val_giou": 0.25, "val_text_loss": 2.0, "val_num_questions": 8, "val_s": 0.5}) in tracker.metrics
+    assert len(view.recover_s) == 2
+
+
+def test_elastic_groups_ask_for_what_the_recipe_says(tmp_path: Path) -> None:
+    elastic = micro_settings({}, tmp_path, num_workers=[1, 4], grad_accumulation=3, worker_cpus=2.0)
+    assert worker_cpus(elastic, 3.0) == 2.0
+    with pytest.raises(ClusterError, match="2 logical CPUs; 1 workers"):
+        worker_cpus(elastic, 2.0)
+
+
+def test_the_peak_comes_from_the_recipe_or_the_device_that_ray_names(tmp_path: Path) -> None:
+    on_cpu = micro_settings({}, tmp_path)
+    assert speed_of_light(on_cpu, {"CPU": 2.0}) == (0.0, 0.0)
+    on_gpu = micro_settings({}, tmp_path, use_gpu=True)
+    flops, peak = speed_of_light(on_gpu, {"GPU": 1.0, "accelerator_type:H100": 1.0})
+    assert peak == 989e12
+    assert flops > 0
+    assert speed_of_light(on_gpu, {"GPU": 1.0, "accelerator_type:OTHER": 1.0}) == (0.0, 0.0)
+    told = on_gpu.model_copy(update={"plan": on_gpu.plan.model_copy(update={"peak_tflops": 100.0})})
+    assert speed_of_light(told, {}) == (flops, 100e12)
 
 
 def test_the_first_signal_asks_and_the_second_interrupts() -> None:
