@@ -242,6 +242,11 @@ def chat_request(
     return ChatRequest(body, key, text_bytes, len(urls))
 
 
+def chat_body(model: str, messages: Any, *, schema_name: str, schema: Mapping[str, Any], max_tokens: int) -> bytes:
+    """The body of a `chat_request`; the same request is the same bytes."""
+    return chat_request(model, messages, schema_name=schema_name, schema=schema, max_tokens=max_tokens).body
+
+
 def _read_answer(content: bytes) -> ChatAnswer:
     try:
         body = json.loads(content)
