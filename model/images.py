@@ -6,10 +6,13 @@ sees it (EXIF rotation, transparency over white, 16 bits scaled to 8) and that a
 """
 
 import io
+import math
 import struct
 import warnings
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import cv2
 import numpy as np
@@ -20,6 +23,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from pixellm.errors import DataError
 
 DEFAULT_MAX_IMAGE_PIXELS = 64_000_000
+_ROUNDING = 1e-5
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 # What Pillow's plugins raise on damaged files, besides OSError and its own UnidentifiedImageError (an OSError).
 _DECODE_ERRORS: tuple[type[Exception], ...] = (
@@ -95,14 +99,37 @@ def prepare_image(
     image: Image.Image | bytes, image_size: int, *, max_pixels: int = DEFAULT_MAX_IMAGE_PIXELS
 ) -> PreparedImage:
     """Opens a picture and lays it on the square canvas of `image_size` pixels (see `open_rgb` for errors)."""
-    picture = open_rgb(image, max_pixels=max_pixels)
+    return _on_canvas(open_rgb(image, max_pixels=max_pixels), image_size, _resize_as_released)
+
+
+def prepare_training_image(
+    image: Image.Image | bytes, image_size: int, *, max_pixels: int = DEFAULT_MAX_IMAGE_PIXELS
+) -> PreparedImage:
+    """Like `prepare_image` with torch's vectorised form of the same filter: a third of the time, and in about one of a
+    thousand values one of 255 levels away. For training, which reads pictures by the million.
+    """
+    return _on_canvas(open_rgb(image, max_pixels=max_pixels), image_size, _resize_vectorised)
+
+
+def _on_canvas(
+    picture: Image.Image, image_size: int, resize: Callable[[Image.Image, int, int], np.ndarray]
+) -> PreparedImage:
     height, width = picture.height, picture.width
     rows, columns = resized_hw(height, width, image_size)
-    if (rows, columns) != (height, width):
-        picture = picture.resize((columns, rows), Image.Resampling.BILINEAR)
+    is_same = (rows, columns) == (height, width)
     pixels = np.zeros((image_size, image_size, 3), dtype=np.uint8)
-    pixels[:rows, :columns] = np.asarray(picture)
+    pixels[:rows, :columns] = np.asarray(picture) if is_same else resize(picture, rows, columns)
     return PreparedImage(pixels, (rows, columns), (height, width))
+
+
+def _resize_as_released(picture: Image.Image, rows: int, columns: int) -> np.ndarray:
+    return np.asarray(picture.resize((columns, rows), Image.Resampling.BILINEAR))
+
+
+def _resize_vectorised(picture: Image.Image, rows: int, columns: int) -> np.ndarray:
+    pixels_1CHW = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None]
+    resized = F.interpolate(pixels_1CHW, (rows, columns), mode="bilinear", antialias=True)
+    return resized[0].permute(1, 2, 0).numpy()
 
 
 def resized_hw(height: int, width: int, image_size: int) -> tuple[int, int]:
@@ -122,16 +149,44 @@ def mask_on_canvas(mask: np.ndarray, mask_size: int) -> np.ndarray:
         uint8 [m, m] of 0 and 1: cells that the mask covers by at least half, or the best covered one where no cell
         is, so that a small target never vanishes.
     """
-    height, width = mask.shape
-    side = max(height, width)
-    square = np.zeros((side, side), dtype=np.uint8)
-    np.multiply(mask != 0, 255, out=square[:height, :width], casting="unsafe")
-    interpolation = cv2.INTER_AREA if mask_size <= side else cv2.INTER_LINEAR
-    canvas = (cv2.resize(square, (mask_size, mask_size), interpolation=interpolation) > 127).astype(np.uint8)
-    if not canvas.any() and square.any():
-        covered = cv2.resize(square.astype(np.float32), (mask_size, mask_size), interpolation=interpolation)
+    covered = _coverage(mask, mask_size) if mask_size <= max(mask.shape) else _magnified(mask, mask_size)
+    canvas = (covered >= 0.5 - _ROUNDING).astype(np.uint8)
+    if not canvas.any() and covered.any():
         canvas[np.unravel_index(int(covered.argmax()), covered.shape)] = 1
     return canvas
+
+
+def _coverage(mask: np.ndarray, mask_size: int) -> np.ndarray:
+    """How much of each cell the mask covers, float32 [m, m] in 0..1; looks only at the part that holds the mask."""
+    covered = np.zeros((mask_size, mask_size), dtype=np.float32)
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    if not len(rows):
+        return covered
+    weights = _cell_weights(max(mask.shape), mask_size)
+    top, bottom, left, right = rows[0], rows[-1] + 1, columns[0], columns[-1] + 1
+    scale = mask_size / max(mask.shape)
+    first_row, end_row = int(top * scale), min(mask_size, math.ceil(bottom * scale))
+    first_column, end_column = int(left * scale), min(mask_size, math.ceil(right * scale))
+    part = (mask[top:bottom, left:right] != 0).astype(np.float32)
+    down, across = weights[first_row:end_row, top:bottom], weights[first_column:end_column, left:right]
+    covered[first_row:end_row, first_column:end_column] = down @ part @ across.T
+    return covered
+
+
+@lru_cache(maxsize=64)
+def _cell_weights(side: int, mask_size: int) -> np.ndarray:
+    """Row i: how much of cell i each of `side` pixels fills, float32 [m, side]; each row adds up to 1."""
+    edges = np.arange(mask_size + 1) * (side / mask_size)
+    pixels = np.arange(side)
+    overlap = np.minimum(edges[1:, None], pixels + 1) - np.maximum(edges[:-1, None], pixels)
+    return (overlap.clip(0) * (mask_size / side)).astype(np.float32)
+
+
+def _magnified(mask: np.ndarray, mask_size: int) -> np.ndarray:
+    side = max(mask.shape)
+    square = np.zeros((side, side), dtype=np.float32)
+    square[: mask.shape[0], : mask.shape[1]] = mask != 0
+    return cv2.resize(square, (mask_size, mask_size), interpolation=cv2.INTER_LINEAR)
 
 
 def logits_at_original_size(

@@ -223,6 +223,10 @@ class PixelLMProcessor:
         """
         return images.prepare_image(image, self.image_size, max_pixels=self.max_image_pixels)
 
+    def prepare_training_image(self, image: Image.Image | bytes) -> PreparedImage:
+        """Likewise, faster and equal up to rounding; see `images.prepare_training_image`."""
+        return images.prepare_training_image(image, self.image_size, max_pixels=self.max_image_pixels)
+
     def normalise(self, pixels_ISSC: np.ndarray | torch.Tensor, valid_hw: np.ndarray | torch.Tensor) -> torch.Tensor:
         """Normalises pictures; the padding becomes exactly zero, as released.
 
@@ -234,15 +238,14 @@ class PixelLMProcessor:
             float32 [I, 3, S, S] on the device of the pixels.
         """
         pixels = torch.as_tensor(pixels_ISSC)
-        valid = torch.as_tensor(valid_hw, device=pixels.device)
-        mean = torch.tensor(self.image_mean, dtype=torch.float32, device=pixels.device)
-        std = torch.tensor(self.image_std, dtype=torch.float32, device=pixels.device)
-        values = (pixels.float() - mean) / std
-        position = torch.arange(pixels.shape[1], device=pixels.device)
-        rows = position[None, :] < valid[:, :1]
-        columns = position[None, :] < valid[:, 1:]
-        values = values * (rows[:, :, None] & columns[:, None, :])[..., None]
-        return values.permute(0, 3, 1, 2).contiguous()
+        valid = torch.as_tensor(valid_hw)
+        mean = torch.tensor(self.image_mean, dtype=torch.float32, device=pixels.device)[:, None, None]
+        std = torch.tensor(self.image_std, dtype=torch.float32, device=pixels.device)[:, None, None]
+        values = pixels.permute(0, 3, 1, 2).contiguous().float().sub_(mean).div_(std)
+        for picture, (rows, columns) in zip(values, valid.tolist(), strict=True):
+            picture[:, rows:] = 0.0
+            picture[:, :, columns:] = 0.0
+        return values
 
     def encode_prompt(self, question: str | Sequence[Turn]) -> list[int]:
         """Tokenizes a question about a picture, up to and including `ASSISTANT:`.

@@ -50,7 +50,7 @@ class SampleEncoder:
         sample_id = f"{row.source}/{row.image_id}"
         key = (sample_id, zlib.crc32(row.image))
         prepared: PreparedImage = self._recent.get(
-            key, partial(self.processor.prepare_image, row.image), _picture_bytes
+            key, partial(self.processor.prepare_training_image, row.image), _picture_bytes
         )
         masks = [
             self._recent.get((*key, index), partial(self._mask, row, index, prepared), _mask_bytes)

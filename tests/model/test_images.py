@@ -13,7 +13,14 @@ from hypothesis import strategies as st
 from PIL import Image, features
 
 from pixellm.errors import DataError
-from pixellm.model.images import logits_at_original_size, mask_on_canvas, open_rgb, prepare_image, resized_hw
+from pixellm.model.images import (
+    logits_at_original_size,
+    mask_on_canvas,
+    open_rgb,
+    prepare_image,
+    prepare_training_image,
+    resized_hw,
+)
 from pixellm.model.processing import PixelLMProcessor
 
 
@@ -245,3 +252,39 @@ def test_a_small_target_never_vanishes(mask_size: int) -> None:
 def test_the_longest_side_is_rounded_as_released() -> None:
     assert resized_hw(640, 427, 448) == (448, int(427 * 448 / 640 + 0.5))
     assert resized_hw(1, 1, 448) == (448, 448)
+
+
+@pytest.mark.parametrize("image_size", [448, 192, 96])
+def test_training_pictures_are_a_level_off_here_and_there_at_most(demo_data: Path, image_size: int) -> None:
+    for path in sorted((demo_data / "images").iterdir())[:6]:
+        encoded = path.read_bytes()
+        exact, fast = (prepare(encoded, image_size) for prepare in (prepare_image, prepare_training_image))
+        assert (fast.valid_hw, fast.original_hw) == (exact.valid_hw, exact.original_hw)
+        difference = np.abs(exact.pixels.astype(int) - fast.pixels.astype(int))
+        assert difference.max() <= 1
+        assert (difference > 0).mean() < 0.01
+
+
+@given(st.integers(1, 90), st.integers(1, 90), st.integers(4, 40), st.integers(0, 2**32))
+@settings(max_examples=60, deadline=None)
+def test_a_cell_of_the_mask_canvas_is_set_where_half_of_its_area_is_covered(
+    height: int, width: int, mask_size: int, seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    mask = np.zeros((height, width), bool)
+    top, left = rng.integers(0, height), rng.integers(0, width)
+    mask[top : top + rng.integers(1, height + 1), left : left + rng.integers(1, width + 1)] = True
+    mask &= rng.random(mask.shape) < 0.9
+    side = max(height, width)
+    if mask_size > side:
+        return
+    fine = np.zeros((side, side))  # every pixel cut into mask_size² pieces: cells hold whole pieces
+    fine[:height, :width] = mask
+    fine = np.kron(fine, np.ones((mask_size, mask_size)))
+    covered = fine.reshape(mask_size, side, mask_size, side).mean((1, 3))
+    canvas = mask_on_canvas(mask, mask_size)
+    clear = np.abs(covered - 0.5) > 1e-4
+    if (covered >= 0.5).any():
+        assert np.array_equal(canvas[clear], covered[clear] > 0.5)
+    else:
+        assert canvas.sum() == mask.any()
