@@ -1,6 +1,10 @@
 """The stream: Ray Data gives exactly the order's sequence, for any number of ranks and from any position."""
 
+import os
+import signal
+import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -72,6 +76,40 @@ def test_any_number_of_ranks_streams_the_one_global_sequence(
             range(start + step * batch, start + (step + 1) * batch)
         )
         assert streamed == expected[step]
+
+
+def test_a_reading_worker_that_is_killed_changes_nothing_in_the_sequence(ray_cluster: str, mixture: Sources) -> None:
+    sources, order = mixture
+
+    def encode(row: Row, dialogue: Dialogue, draw: Draw) -> tuple[int, tuple]:
+        time.sleep(0.02)  # so that tasks are still to run when the worker dies
+        return os.getpid(), (draw.position, row.image_id, dialogue.turns)
+
+    batches = stream_batches(
+        sources,
+        order,
+        encode,
+        global_batch_size=4,
+        rank=0,
+        world_size=1,
+        start_position=0,
+        num_positions=240,
+        block_size=8,
+        max_tasks=2,
+    )
+    consumed, readers, killed = [], [], None
+    for number, batch in enumerate(batches):
+        consumed += [example for _, example in batch]
+        readers += [pid for pid, _ in batch]
+        if number == 12:
+            killed = batch[-1][0]
+            os.kill(killed, signal.SIGKILL)
+
+    undisturbed = iterate_batches(sources, order, encode, global_batch_size=4, num_positions=240)
+    assert consumed == [example for batch in undisturbed for _, example in batch]
+    assert killed in readers
+    assert readers[-1] != killed  # others did the rest
+    assert not Path(f"/proc/{killed}").exists() or "Z" in Path(f"/proc/{killed}/stat").read_text().split(")")[1]
 
 
 def test_an_error_in_a_reading_task_arrives_as_what_it_was(ray_cluster: str, mixture: Sources) -> None:
