@@ -166,19 +166,6 @@ def _with_captions(row: Row, captions: list[str]) -> Row:
     return replace(row, dialogues=tuple(RowDialogue("vqa", "What is it?", caption) for caption in captions))
 
 
-def test_actors_of_a_ray_data_pipeline_build_the_same_dataset(
-    tmp_path: Path, demo_shards: dict[str, str], ray_cluster: str
-) -> None:
-    with MuseServer(faults={"busy": 0.1, "error": 0.1, "markers": 0.2}) as server:
-        plan = plan_for(server, demo_shards["segmentation"])
-        here = generate(plan, str(tmp_path / "here" / "set"), limit=12, actors=0)
-        before = sum(server.answered.values())
-        there = generate(plan, str(tmp_path / "there" / "set"), limit=12, actors=1)
-        assert sum(server.answered.values()) == 2 * before
-    assert (there.pairs, there.splits, there.cost) == (here.pairs, here.splits, here.cost)
-    assert fingerprint(tmp_path / "here") == fingerprint(tmp_path / "there")
-
-
 def test_a_wrong_address_and_a_service_that_is_down_end_the_run_in_one_line(
     tmp_path: Path, demo_shards: dict[str, str]
 ) -> None:
