@@ -114,7 +114,7 @@ def _answers(url: str) -> bool:
 
 
 def processes_titled(prefix: str) -> list[int]:
-    """Ids of processes whose title begins so (Ray names its workers after what they run)."""
+    """Ids of processes whose title begins so (Ray names its workers after what they run, and renames them often)."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         try:

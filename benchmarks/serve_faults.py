@@ -154,6 +154,26 @@ def engines() -> list[int]:
     return processes_titled(f"ray::ServeReplica:{APP}.")
 
 
+def only_engine() -> int:
+    """The one engine's process; waits for it, since Ray rewrites titles while it runs."""
+    found: list[int] = []
+
+    def is_one() -> bool:
+        found[:] = engines()
+        return len(found) == 1
+
+    wait_for(is_one, "one engine")
+    return found[0]
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process exists and is no zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
 def champion_moved(_service: ServiceHandle, tracking: TrackingSettings, load: Load) -> float:
     """Version 2 becomes champion; seconds until it answers everything."""
     set_alias(MODEL, "champion", 2, tracking)
@@ -174,24 +194,25 @@ def bad_version(service: ServiceHandle, tracking: TrackingSettings, _load: Load)
 
 def replica_killed(_service: ServiceHandle, _tracking: TrackingSettings, _load: Load) -> float:
     """kill -9 of the only engine; seconds until there is another."""
-    (pid,) = engines()
+    pid = only_engine()
     os.kill(pid, signal.SIGKILL)
-    return wait_for(lambda: engines() and pid not in engines(), "another engine")
+    return wait_for(lambda: not is_alive(pid) and engines(), "another engine")
 
 
 def ingress_killed(_service: ServiceHandle, _tracking: TrackingSettings, _load: Load) -> float:
     """kill -9 of one ingress of two; seconds until there are two again."""
     title = f"ray::ServeReplica:{APP}:ingress"
+    wait_for(lambda: len(processes_titled(title)) == SETTINGS.ingress_replicas, "both ingresses")
     pid = processes_titled(title)[0]
     os.kill(pid, signal.SIGKILL)
-    return wait_for(lambda: len([p for p in processes_titled(title) if p != pid]) == 2, "another ingress")
+    return wait_for(lambda: not is_alive(pid) and len(processes_titled(title)) == 2, "another ingress")
 
 
 def engine_stuck(_service: ServiceHandle, _tracking: TrackingSettings, _load: Load) -> float:
     """The engine's process stands still; seconds until it is found out and replaced."""
-    (pid,) = engines()
+    pid = only_engine()
     os.kill(pid, signal.SIGSTOP)
-    return wait_for(lambda: engines() and pid not in engines(), "the replacement of the stuck engine")
+    return wait_for(lambda: not is_alive(pid) and engines(), "the replacement of the stuck engine")
 
 
 FAULTS = (champion_moved, bad_version, replica_killed, ingress_killed, engine_stuck)
