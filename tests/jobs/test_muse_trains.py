@@ -1,4 +1,4 @@
-"""From pictures to a trained and evaluated model by way of generated questions, in the actors of a Ray Data pipeline."""
+"""From pictures to an evaluated model by way of generated questions, made in the actors of a Ray Data pipeline."""
 
 import sys
 from pathlib import Path
