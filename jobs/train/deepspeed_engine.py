@@ -41,7 +41,7 @@ class StepResult:
         loss: weighted sum of the parts, mean over the step's micro-batches.
         losses: the parts (`text`, `ref`, `dice`), already weighted; a part absent from a micro-batch counts as 0.
         grad_norm: global gradient norm before clipping; infinite or NaN where a gradient was not finite.
-        is_applied: false if the step was left out because a gradient was not finite.
+        is_applied: false if the step was left out because a loss or gradient was not finite.
     """
 
     loss: float
@@ -172,7 +172,9 @@ class TrainEngine:
     def _forward_backward(self, batch: Batch, step: int, index: int, count: int) -> dict[str, float]:
         seed_micro_batch(self._seed, step, ranks.rank() * count + index)
         output = self.engine(**self._prepare(batch))
-        self.engine.backward(output.loss / count)
+        # A loss that is not finite makes its gradients so too: then every rank leaves the step out.
+        spoilt = torch.where(torch.isfinite(output.loss.detach()), 1.0, math.nan)
+        self.engine.backward(output.loss * spoilt / count)
         return {"loss": float(output.loss.detach()), **{name: float(value) for name, value in output.losses.items()}}
 
     def _prepare(self, batch: Batch) -> dict[str, Any]:

@@ -101,7 +101,9 @@ class TrainingView:
         self._recent.append(record)
         if not record.is_applied:
             self.steps_skipped += 1
-            self.note(f"step {record.step} was left out: its gradients were not finite ({self.steps_skipped} so far)")
+            self.note(
+                f"step {record.step} was left out: its loss or gradients were not finite ({self.steps_skipped} so far)"
+            )
         if self.tracker is not None:
             self.tracker.log_metrics(_metrics(record) | {"steps_skipped": self.steps_skipped}, record.step)
 

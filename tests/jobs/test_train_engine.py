@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from toy import Toy, plain_loop, toy_batch
+from toy import Toy, ToyOutput, plain_loop, toy_batch
 
 from pixellm.errors import CheckpointError, ConfigError
 from pixellm.jobs.train.checkpoints import CheckpointFolder
@@ -118,6 +118,26 @@ def test_a_step_with_a_gradient_that_is_not_finite_changes_nothing(process_group
         after = gather_weights(engine, only_trainable=False)
         assert all(torch.equal(before[name], after[name]) for name in before)
         assert engine.train_step([toy_batch(2, 0)], step=2, lr=1e-2).is_applied
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_a_loss_that_is_not_finite_changes_nothing_even_where_its_gradient_is(process_group: None, stage: int) -> None:
+    class Overflowing(Toy):
+        def forward(self, pixel_values: torch.Tensor, use_head: bool) -> ToyOutput:
+            output = super().forward(pixel_values, use_head)
+            return ToyOutput(output.loss + (float("inf") if self.overflows else 0.0), output.losses)
+
+    model = Overflowing(always_runs_head=True)
+    model.overflows = False
+    engine = TrainEngine.build(model, _settings(stage))
+    _train(engine, 0, 1)
+    before = gather_weights(engine, only_trainable=False)
+    model.overflows = True
+    assert not engine.train_step([toy_batch(1, 0)], step=1, lr=1e-2).is_applied
+    after = gather_weights(engine, only_trainable=False)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    model.overflows = False
+    assert engine.train_step([toy_batch(2, 0)], step=2, lr=1e-2).is_applied
 
 
 def test_a_checkpoint_that_lacks_a_trained_parameter_is_refused_by_name(process_group: None, tmp_path: Path) -> None:
