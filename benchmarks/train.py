@@ -145,7 +145,8 @@ def measure(preset: str, *, quick: bool) -> dict[str, Any]:
         for name, take_step in others.items():
             print(f"{name}: first step {take_step(0):.2f} s", flush=True)
         referee = Referee(settings, num_alone, per_turn, others, stop)
-        os.environ["RAY_worker_niceness"] = "0"  # Ray's 15 would leave our side what others on the machine leave over
+        # Ray's own 15 would leave our side what others on the machine leave over.
+        os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112
         cluster.connect(settings.cluster.model_copy(update={"address": "local", "num_cpus": 2}))
         try:
             run_group(spec, referee, stop)
