@@ -14,13 +14,14 @@ from types import TracebackType
 from typing import Self
 
 from pixellm.errors import LanguageModelError
-from pixellm.jobs.muse.asking import AskOptions, NoAnswerError, OutOfBudgetError, Request, ask_about
+from pixellm.jobs.muse.asking import AskOptions, Request, ask_about
 from pixellm.jobs.muse.ledger import Answer, Finish, Granted, Over, Release, Settle, Want
 from pixellm.jobs.muse.ledger_link import LedgerLink, Send
 from pixellm.jobs.muse.outcomes import Outcome
 from pixellm.jobs.muse.pictures import SentPicture, prepare_picture
 from pixellm.platform.data.schema import Row
 from pixellm.platform.data.shards import ShardedDataset
+from pixellm.platform.llm_client import NoAnswerError, OutOfBudgetError
 from pixellm.platform.llm_service import (
     AttemptError,
     ChatAnswer,
@@ -155,7 +156,7 @@ class Asker:
                 await asyncio.sleep(back_off_s(attempt - 1, self._plan.service.back_off_s))
             reply = await self._link.want(Want(sent.key, request.kind, reserve_nusd, self._holder))
             if isinstance(reply, Over):
-                raise OutOfBudgetError
+                raise OutOfBudgetError("the budget does not allow another request")
             if isinstance(reply, Answer):
                 return reply
             assert isinstance(reply, Granted)

@@ -16,6 +16,7 @@ from pixellm.jobs.muse.outcomes import Outcome, Pair
 from pixellm.jobs.muse.pictures import SentPicture, scale_box
 from pixellm.jobs.muse.selection import Instance, SelectionPolicy, offered_instances
 from pixellm.platform.data.schema import SEG_MARKER, Row
+from pixellm.platform.llm_client import NoAnswerError, OutOfBudgetError
 
 Generator = Literal["vision", "text"]
 
@@ -55,14 +56,6 @@ class Request:
     schema_name: str
     schema: Mapping[str, Any]
     max_tokens: int
-
-
-class OutOfBudgetError(Exception):
-    """The ledger refused a request for lack of money."""
-
-
-class NoAnswerError(Exception):
-    """The service gave no answer to a request, after all attempts; the message says why."""
 
 
 #: Raises OutOfBudgetError or NoAnswerError.

@@ -273,13 +273,16 @@ class _Pending:
 
 
 @contextmanager
-def open_ledger(folder: Path, run: str, budget_nusd: int | None, *, wait_s: float = 30.0) -> Iterator[Ledger]:
+def open_ledger(
+    folder: Path, run: str, budget_nusd: int | None, *, stale_s: float = 600.0, wait_s: float = 30.0
+) -> Iterator[Ledger]:
     """Opens the ledger of a folder for this process alone.
 
     Args:
         folder: made if it is absent.
         run: see `Ledger`.
         budget_nusd: see `Ledger`.
+        stale_s: see `Ledger`.
         wait_s: how long to wait for another process to end (the workers of a killed run take a moment).
 
     Raises:
@@ -289,7 +292,7 @@ def open_ledger(folder: Path, run: str, budget_nusd: int | None, *, wait_s: floa
     with (folder / LOCK_FILE).open("a") as lock:
         _lock(lock.fileno(), folder, wait_s)
         try:
-            ledger = Ledger(folder, run, budget_nusd)
+            ledger = Ledger(folder, run, budget_nusd, stale_s=stale_s)
         except sqlite3.DatabaseError as error:
             raise DataError(f"{folder / LEDGER_FILE} cannot be used: {error}; choose another --out") from None
         try:

@@ -13,7 +13,7 @@ from pixellm.jobs.muse.asking import AskOptions
 from pixellm.jobs.muse.assemble import RELEASED_FOLDER, assemble
 from pixellm.jobs.muse.decisions import read_decisions
 from pixellm.jobs.muse.filters import FILTERS_VERSION
-from pixellm.jobs.muse.ledger import NANO, Ledger, open_ledger
+from pixellm.jobs.muse.ledger import NANO, Ledger
 from pixellm.jobs.muse.outcomes import Outcome
 from pixellm.jobs.muse.prompts import PROMPT_VERSION
 from pixellm.jobs.muse.report import REPORT_FILE, MuseReport, make_report
@@ -67,13 +67,14 @@ def generate(
         reasons = ", ".join(f"{count} {reason}" for reason, count in selection.passed_over.items())
         raise DataError(f"none of the {selection.looked_at} pictures at {source.uri} can be asked about: {reasons}")
     budget_nusd = None if budget_usd is None else int(budget_usd * NANO)
-    place = LedgerPlace(folder, run_digest(source, plan.options), budget_nusd)
-    with open_ledger(place.folder, place.run, place.budget_nusd) as ledger:
+    stale_s = max(600.0, 4 * plan.service.timeout_s)
+    place = LedgerPlace(folder, run_digest(source, plan.options), budget_nusd, stale_s)
+    with place.open() as ledger:
         finished = ledger.finished_rows()
     rows = [row for row in selection.rows if row not in finished]
     if rows:
         _ask(plan, place, rows, len(selection.rows), actors, progress)
-    with open_ledger(place.folder, place.run, place.budget_nusd) as ledger:
+    with place.open() as ledger:
         report = _assemble(ledger, source, selection, out_uri, plan, budget_usd, seed, shares or SplitShares())
     text = json.dumps(report.to_json_dict(), indent=1, ensure_ascii=False) + "\n"
     storage.write_bytes(storage.join(out_uri, REPORT_FILE), text.encode())

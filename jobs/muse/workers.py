@@ -9,7 +9,7 @@ import logging
 import math
 import pickle
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import pyarrow as pa
 
 from pixellm.errors import PixelLMError
 from pixellm.jobs.muse.asker import Asker, AskPlan
-from pixellm.jobs.muse.ledger import Message, Reply, open_ledger
+from pixellm.jobs.muse.ledger import Ledger, Message, Reply, open_ledger
 
 #: Rows that an actor takes at a time, and how Ray Data cuts them into batches; it awaits four of a task's at once.
 _BLOCK_ROWS, _BATCH_ROWS = 64, 16
@@ -37,6 +37,11 @@ class LedgerPlace:
     folder: Path
     run: str
     budget_nusd: int | None
+    stale_s: float = 600.0
+
+    def open(self) -> AbstractContextManager[Ledger]:
+        """The ledger, for this process alone."""
+        return open_ledger(self.folder, self.run, self.budget_nusd, stale_s=self.stale_s)
 
 
 def ask_in_this_process(plan: AskPlan, place: LedgerPlace, rows: Sequence[int], on_done: OnDone) -> None:
@@ -45,7 +50,7 @@ def ask_in_this_process(plan: AskPlan, place: LedgerPlace, rows: Sequence[int], 
     Raises:
         PixelLMError: the service cannot be used, or the ledger or the shards fail.
     """
-    with open_ledger(place.folder, place.run, place.budget_nusd) as ledger:
+    with place.open() as ledger:
 
         async def send(messages: Sequence[Message]) -> list[Reply]:
             return await asyncio.to_thread(ledger.apply, messages)
@@ -182,8 +187,7 @@ class _LedgerActor:
 
     def check(self) -> None:
         """Opens the ledger, so that its error reaches the caller as what it is."""
-        opened = open_ledger(self._place.folder, self._place.run, self._place.budget_nusd)
-        self._ledger = self._stack.enter_context(opened)
+        self._ledger = self._stack.enter_context(self._place.open())
 
     def apply(self, messages: Sequence[Message]) -> list[Reply]:
         """See `Ledger.apply`."""
