@@ -12,7 +12,6 @@ import warnings
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 
 import cv2
 import numpy as np
@@ -127,7 +126,7 @@ def _resize_as_released(picture: Image.Image, rows: int, columns: int) -> np.nda
 
 
 def _resize_vectorised(picture: Image.Image, rows: int, columns: int) -> np.ndarray:
-    pixels_1CHW = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None]
+    pixels_1CHW = torch.from_numpy(np.array(picture)[None]).permute(0, 3, 1, 2)  # in torch's terms: channels last
     resized = F.interpolate(pixels_1CHW, (rows, columns), mode="bilinear", antialias=True)
     return resized[0].permute(1, 2, 0).numpy()
 
@@ -157,29 +156,30 @@ def mask_on_canvas(mask: np.ndarray, mask_size: int) -> np.ndarray:
 
 
 def _coverage(mask: np.ndarray, mask_size: int) -> np.ndarray:
-    """How much of each cell the mask covers, float32 [m, m] in 0..1; looks only at the part that holds the mask."""
-    covered = np.zeros((mask_size, mask_size), dtype=np.float32)
-    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-    if not len(rows):
+    """How much of each cell the mask covers, [m, m] in 0..1, from sums over the part of the picture that holds it."""
+    if not mask.flags.c_contiguous and mask.flags.f_contiguous:
+        return _coverage(mask.T, mask_size).T
+    inside = (mask if mask.dtype == np.bool_ else mask != 0).view(np.uint8)
+    left, top, width, height = cv2.boundingRect(inside)
+    covered = np.zeros((mask_size, mask_size))
+    if not width:
         return covered
-    weights = _cell_weights(max(mask.shape), mask_size)
-    top, bottom, left, right = rows[0], rows[-1] + 1, columns[0], columns[-1] + 1
-    scale = mask_size / max(mask.shape)
-    first_row, end_row = int(top * scale), min(mask_size, math.ceil(bottom * scale))
-    first_column, end_column = int(left * scale), min(mask_size, math.ceil(right * scale))
-    part = (mask[top:bottom, left:right] != 0).astype(np.float32)
-    down, across = weights[first_row:end_row, top:bottom], weights[first_column:end_column, left:right]
-    covered[first_row:end_row, first_column:end_column] = down @ part @ across.T
+    cell = max(mask.shape) / mask_size
+    rows = slice(int(top / cell), min(mask_size, math.ceil((top + height) / cell)))
+    columns = slice(int(left / cell), min(mask_size, math.ceil((left + width) / cell)))
+    sums = cv2.integral(inside[top : top + height, left : left + width])
+    sums = _at_edges(sums, np.arange(rows.start, rows.stop + 1) * cell - top)
+    sums = _at_edges(sums.T, np.arange(columns.start, columns.stop + 1) * cell - left).T
+    covered[rows, columns] = np.diff(np.diff(sums, axis=0), axis=1) / cell**2
     return covered
 
 
-@lru_cache(maxsize=64)
-def _cell_weights(side: int, mask_size: int) -> np.ndarray:
-    """Row i: how much of cell i each of `side` pixels fills, float32 [m, side]; each row adds up to 1."""
-    edges = np.arange(mask_size + 1) * (side / mask_size)
-    pixels = np.arange(side)
-    overlap = np.minimum(edges[1:, None], pixels + 1) - np.maximum(edges[:-1, None], pixels)
-    return (overlap.clip(0) * (mask_size / side)).astype(np.float32)
+def _at_edges(sums: np.ndarray, edges: np.ndarray) -> np.ndarray:
+    """Rows of a table of running sums at edges between its rows; sums grow linearly from one row to the next."""
+    edges = edges.clip(0, len(sums) - 1)
+    lower = np.minimum(edges.astype(np.intp), len(sums) - 2)
+    rest = (edges - lower)[:, None]
+    return sums[lower] * (1 - rest) + sums[lower + 1] * rest
 
 
 def _magnified(mask: np.ndarray, mask_size: int) -> np.ndarray:
