@@ -130,9 +130,9 @@ class Doorkeeper:
             AuthenticationError: no key, another key, or a keyless service asked from elsewhere.
         """
         if not self._keys:
-            if client_host is not None and not is_loopback(client_host):
+            if client_host is None or not is_loopback(client_host):
                 raise AuthenticationError("this service has no API keys and answers its own machine only")
-            return Caller(client_host or "local")
+            return Caller(client_host)
         scheme, _, presented = (authorization or "").partition(" ")
         if scheme.lower() != "bearer" or not presented.strip():
             raise AuthenticationError("no API key was sent; wanted the header 'Authorization: Bearer KEY'")

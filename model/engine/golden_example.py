@@ -87,7 +87,7 @@ def check_golden_example(folder: str | Path, engine: PixelLMEngine) -> GoldenChe
     check = GoldenCheck(True, min(ious, default=1.0), result.text == text)
     if not _is_same_model(check, result, text, len(rles), same_numbers=dtype == engine.options.dtype):
         raise ModelLoadError(
-            f"the model of {Path(folder)} does not answer its golden example: got {result.text[:80]!r} with "
+            f"the model does not answer its golden example: got {result.text[:80]!r} with "
             f"{len(result.targets)} masks (IoU {check.least_iou:.2f}), wanted {text[:80]!r} with {len(rles)}; its "
             "weights are not those it was registered with"
         )

@@ -18,6 +18,7 @@ from pixellm.platform.settings import ServeSettings, TrackingSettings
 from pixellm.serve.app import ENGINE_DEPLOYMENT, engine_application
 from pixellm.serve.controller import run_applications
 from pixellm.serve.model_card import ModelCard
+from pixellm.serve.protocol import Question
 
 SETTINGS = ServeSettings(min_replicas=3, max_replicas=3, replica_gpus=1, replica_cpus=0.1)
 CARD = ModelCard("m", "1", "models:/m/1", "models:/m@champion", 0)
@@ -58,6 +59,16 @@ def places(count: int) -> list[tuple[str, list[int]]]:
     return list(seen.values())
 
 
+def homes(num_pictures: int) -> dict[str, list[str]]:
+    """For each of some pictures, the nodes that two questions about it went to."""
+    handle = serve.get_deployment_handle(ENGINE_DEPLOYMENT, "scale").options(method_name="answer")
+    questions = [Question(b"", "what?", picture_digest=str(number)) for number in range(num_pictures)]
+    return {
+        question.picture_digest: [handle.remote(question).result(timeout_s=30)[0] for _ in range(2)]
+        for question in questions
+    }
+
+
 def main() -> None:
     with tempfile.TemporaryDirectory(prefix="scale-") as folder:
         head = {"num_cpus": 1, "num_gpus": 0, "include_dashboard": False, "temp_dir": folder}
@@ -73,7 +84,8 @@ def main() -> None:
             two, waiting = places(2), states()
             cluster.add_node(num_cpus=1, num_gpus=1)
             wait_for(lambda: states() == {"RUNNING": 3})
-            print(json.dumps({"two": two, "waiting": waiting, "three": places(3), "grown": states()}), flush=True)
+            seen = {"two": two, "waiting": waiting, "three": places(3), "grown": states(), "homes": homes(15)}
+            print(json.dumps(seen), flush=True)
             serve.shutdown()
         finally:
             ray.shutdown()

@@ -42,7 +42,7 @@ def test_without_keys_only_this_machine_is_answered_and_only_it_is_listened_to()
     for near in ("127.0.0.1", "::1", "127.8.8.8"):
         assert door.identify(None, near).key is None
         check_exposure(near, [])
-    for far in ("10.0.0.7", "192.168.1.2", "2001:db8::1"):
+    for far in (None, "10.0.0.7", "192.168.1.2", "2001:db8::1"):
         with pytest.raises(AuthenticationError):
             door.identify(None, far)
     with pytest.raises(ConfigError, match="pixellm key"):

@@ -21,3 +21,6 @@ def test_engines_take_one_gpu_each_wait_for_one_and_come_when_a_node_joins() -> 
         nodes = {node for node, _gpus in seen[step]}
         assert len(nodes) == len(seen[step]) == count  # each on a node of its own
         assert all(len(gpus) == 1 for _node, gpus in seen[step])
+    # two questions about one picture go to one engine, and pictures go to all engines
+    assert all(first == second for first, second in seen["homes"].values())
+    assert len({first for first, _second in seen["homes"].values()}) == 3

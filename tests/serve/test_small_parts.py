@@ -3,12 +3,15 @@
 import os
 import re
 import socket
+from importlib import import_module
 from pathlib import Path
 
 import pytest
+import yaml
 
-from pixellm.errors import ModelLoadError, ServingError
+from pixellm.errors import ConfigError, ModelLoadError, ServingError
 from pixellm.platform.settings import TrackingSettings
+from pixellm.serve.app import application
 from pixellm.serve.metrics import ServiceMetrics
 from pixellm.serve.model_card import ModelCard, pin
 from pixellm.serve.port_check import check_port_is_free
@@ -58,6 +61,20 @@ def test_pickled_weights_are_refused_before_anything_opens_them(tmp_path: Path) 
     with pytest.raises(ModelLoadError, match=r"safetensors.*pytorch_model\.bin"):
         pin(tmp_path, TrackingSettings())
     assert not trap.exists()
+
+
+def test_the_shipped_configuration_is_serves_own_and_builds_the_service() -> None:
+    from ray.serve.schema import ServeDeploySchema
+
+    path = Path(__file__).parents[2] / "serve" / "config.yaml"
+    config = ServeDeploySchema.model_validate(yaml.safe_load(path.read_text()))
+    (entry,) = config.applications
+    module, _, builder = entry.import_path.partition(":")
+    built = getattr(import_module(module), builder)(entry.args)
+    assert type(built).__name__ == "Application"
+    for wrong in ({}, {"models": []}, {"model": "models:/pixellm@champion"}):
+        with pytest.raises(ConfigError, match="wanted models"):
+            application(wrong)
 
 
 def test_the_dashboard_asks_only_for_metrics_that_exist() -> None:
