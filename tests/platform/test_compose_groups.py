@@ -16,6 +16,7 @@ from pixellm.platform.data.dialogue import Group
 from pixellm.platform.data.order import MixtureOrder
 from pixellm.platform.data.schema import Row, RowDialogue
 from pixellm.platform.data.shards import write_shards
+from pixellm.platform.data.sources.base import Ledger
 from pixellm.platform.data.sources.shapes import ShapesSource
 from pixellm.platform.data.usable import find_usable_rows
 from pixellm.platform.data.variation import vary
@@ -171,15 +172,8 @@ def test_the_scan_of_columns_finds_the_rows_that_row_by_row_composing_accepts(
 @pytest.fixture(scope="module")
 def shapes_uri(tmp_path_factory: pytest.TempPathFactory) -> Path:
     uri = tmp_path_factory.mktemp("shapes") / "train"
-    write_shards(ShapesSource(samples=60).rows("", _Quiet()), uri, name="shapes", rows_per_part=25)
+    write_shards(ShapesSource(samples=60).rows("", Ledger()), uri, name="shapes", rows_per_part=25)
     return uri
-
-
-class _Quiet:
-    total = None
-
-    def looked_at_one(self) -> None:
-        """Nothing to report."""
 
 
 @pytest.mark.parametrize("group", ["muse", "segmentation"])
