@@ -117,7 +117,7 @@ class LanguageModelClient:
         """The answer to a request, from the cache or from the service.
 
         Args:
-            body: from `chat_body`.
+            body: of a `ChatRequest`.
             max_tokens: longest answer that it allows, for the spending limit.
 
         Raises:

@@ -215,9 +215,18 @@ def back_off_s(attempt: int, first_s: float) -> float:
 
 
 def chat_request(
-    model: str, messages: Any, *, schema_name: str, schema: Mapping[str, Any], max_tokens: int
+    model: str,
+    messages: Any,
+    *,
+    schema_name: str,
+    schema: Mapping[str, Any],
+    max_tokens: int,
+    options: Mapping[str, Any] | None = None,
 ) -> ChatRequest:
-    """A request for structured output; its messages may hold a `DataUrl` wherever a picture's URL belongs."""
+    """A request for structured output; its messages may hold a `DataUrl` wherever a picture's URL belongs.
+
+    `options` are further fields of the body, e.g. `temperature` and `seed`.
+    """
     urls: list[DataUrl] = []
 
     def stand_in(value: object) -> str:
@@ -234,17 +243,13 @@ def chat_request(
             "type": "json_schema",
             "json_schema": {"name": schema_name, "strict": True, "schema": schema},
         },
+        **(options or {}),
     }
     body = json.dumps(content, ensure_ascii=False, separators=(",", ":"), default=stand_in).encode("utf-8", "replace")
     key, text_bytes = hashlib.sha256(body).hexdigest(), len(body)
     for url in urls:
         body = body.replace(url.stand_in.encode(), url.content, 1)
     return ChatRequest(body, key, text_bytes, len(urls))
-
-
-def chat_body(model: str, messages: Any, *, schema_name: str, schema: Mapping[str, Any], max_tokens: int) -> bytes:
-    """The body of a `chat_request`; the same request is the same bytes."""
-    return chat_request(model, messages, schema_name=schema_name, schema=schema, max_tokens=max_tokens).body
 
 
 def _read_answer(content: bytes) -> ChatAnswer:

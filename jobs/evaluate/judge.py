@@ -16,7 +16,7 @@ from typing import Any, Self
 
 from pixellm.jobs.evaluate.samples import judged_pairs, text_for_judge
 from pixellm.platform.llm_client import LanguageModelClient, NoAnswerError, OutOfBudgetError, Spending
-from pixellm.platform.llm_service import ServiceSettings, chat_body
+from pixellm.platform.llm_service import ServiceSettings, chat_request
 
 _MAX_TOKENS_PER_SCORE, _MAX_TOKENS_BASE = 60, 100
 _LOWEST, _HIGHEST = 1, 10
@@ -259,7 +259,7 @@ class Judge:
 
     async def _ask(self, messages: Sequence[Mapping[str, str]], num_scores: int, seed: int) -> str:
         max_tokens = _MAX_TOKENS_BASE + _MAX_TOKENS_PER_SCORE * num_scores
-        body = chat_body(
+        request = chat_request(
             self._settings.model,
             messages,
             schema_name="scores",
@@ -268,7 +268,7 @@ class Judge:
             options={"temperature": 0, "seed": seed},
         )
         try:
-            answer = await self._client.ask(body, max_tokens=max_tokens)
+            answer = await self._client.ask(request.body, max_tokens=max_tokens)
         except NoAnswerError as error:
             raise _NoVerdictError("no answer", str(error)) from None
         except OutOfBudgetError as error:
