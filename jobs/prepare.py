@@ -6,7 +6,8 @@ from typing import Any
 
 from pixellm.errors import ConfigError
 from pixellm.platform import storage
-from pixellm.platform.data.shards import write_shards
+from pixellm.platform.data.preparation import prepare_shards, run_here, run_on_ray
+from pixellm.platform.data.shards import ROWS_PER_PART
 from pixellm.platform.data.sources import get_source, is_generated, with_options
 from pixellm.platform.data.sources.base import Ledger, PrepareReport, Progress
 
@@ -23,8 +24,12 @@ def prepare(
     skip_bad_masks: bool = False,
     options: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
+    on_ray: bool = False,
+    pictures_per_part: int = ROWS_PER_PART,
 ) -> PrepareReport:
     """Turns a public dataset in its published layout into shards.
+
+    Called again, it goes on where it was interrupted; see `pixellm.platform.data.preparation`.
 
     Args:
         source: name of the source, see `pixellm.platform.data.sources.source_names`.
@@ -32,22 +37,35 @@ def prepare(
         out_uri: folder of the shards; older shards there are replaced in one step when all is done.
         strict: the first fault in the data ends the preparation instead of being counted.
         skip_bad_masks: leave out masks that lie outside their picture instead of ending with an error.
-        options: of a generating source, e.g. `{"samples": 2000, "split": "val"}`.
-        progress: called with (pictures looked at, pictures in all or None).
+        options: of the source, e.g. `{"split": "val"}`.
+        progress: called with (pictures looked at, pictures in all or None): after each picture in this process, after
+            each part on Ray.
+        on_ray: make the parts as Ray Data tasks on the cluster this process is connected to, else one by one here; the
+            bytes are the same.
+        pictures_per_part: pictures looked at for one Parquet file, which is also what a restart may have to do again.
 
     Raises:
         ConfigError: there is no such source, it needs an input folder, or takes no such options.
         DataError: a part is missing or malformed, a mask lies outside its picture, nothing was kept, or, in strict
-            mode, any fault.
+            mode, any fault; another process prepares the same place.
     """
     reader = with_options(get_source(source), options or {})
     if input_dir is None and not is_generated(reader):
         raise ConfigError(f"{source} is read from a folder: give --in with {reader.layout}")
     ledger = Ledger(strict=strict, skip_bad_masks=skip_bad_masks, progress=progress)
     notes: dict[str, Any] = {"source": source}
-    skipped = notes["skipped"] = ledger.counts
     notes |= {"options": dict(options)} if options else {}
-    info = write_shards(reader.rows(str(input_dir or ""), ledger), out_uri, name=Path(str(out_uri)).name, notes=notes)
+    done = prepare_shards(
+        reader,
+        str(input_dir or ""),
+        out_uri,
+        ledger,
+        run_on_ray if on_ray else run_here,
+        notes=notes,
+        watch_pictures=not on_ray,
+        entries_per_part=pictures_per_part,
+    )
+    info = done.info
     return PrepareReport(
         source=source,
         uri=str(out_uri),
@@ -56,9 +74,12 @@ def prepare(
         targets=info.counts["targets"],
         ignore_regions=info.counts["ignore_regions"],
         dialogues={key.removesuffix("_dialogues"): n for key, n in info.counts.items() if key.endswith("_dialogues")},
-        skipped=dict(skipped),
+        skipped=dict(ledger.counts),
         skipped_names=ledger.names,
         licenses=info.licenses,
+        noted=dict(ledger.notes),
+        noted_names=ledger.note_names,
+        parts_found=done.parts_found,
     )
 
 

@@ -6,7 +6,8 @@ ends in one line on standard error, never in a traceback. Slow imports happen in
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,6 +15,7 @@ import typer
 
 from pixellm import __version__
 from pixellm.errors import ConfigError, PixelLMError
+from pixellm.evaluate_commands import compare, evaluate
 from pixellm.muse_commands import muse_app
 
 app = typer.Typer(
@@ -28,6 +30,8 @@ app.add_typer(muse_app, name="muse")
 app.add_typer(models_app, name="models")
 app.add_typer(jobs_app, name="jobs")
 app.add_typer(convert_app, name="convert")
+app.command()(evaluate)
+app.command()(compare)
 
 _OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
 
@@ -104,20 +108,30 @@ def data_prepare(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Public dataset → Parquet shards, with counts of what was kept and skipped."""
+    """Public dataset → Parquet shards, on the cluster (RAY_ADDRESS, else a local one).
+
+    Ends with counts of what was kept and skipped, and a digest. The same command goes on where one was interrupted.
+    """
     from pixellm.jobs.prepare import prepare
+    from pixellm.platform import cluster
 
     given = {"samples": samples, "seed": seed, "split": split, "split_by": split_by}
     given |= {"shuffle_questions": shuffle_questions or None}
-    report = prepare(
-        source,
-        input_dir,
-        out,
-        strict=strict,
-        skip_bad_masks=skip_bad_masks,
-        options={name: value for name, value in given.items() if value is not None},
-        progress=_count_pictures(),
-    )
+    cluster.connect()
+    try:
+        with _picture_bar() as progress:
+            report = prepare(
+                source,
+                input_dir,
+                out,
+                strict=strict,
+                skip_bad_masks=skip_bad_masks,
+                options={name: value for name, value in given.items() if value is not None},
+                progress=progress,
+                on_ray=True,
+            )
+    finally:
+        cluster.disconnect()
     _print(report.to_json_dict(), report.to_text(), as_json)
 
 
@@ -173,14 +187,15 @@ def data_audit(
     """Pictures that are in a benchmark too, hidden targets, empty answers, repeated questions; --drop cleans."""
     from pixellm.jobs.audit import audit, named_checks
 
-    report = audit(
-        uris,
-        against=against or [],
-        checks=named_checks(check or []),
-        drop=drop,
-        hidden_share=hidden_share,
-        progress=_count_pictures(),
-    )
+    with _picture_bar() as progress:
+        report = audit(
+            uris,
+            against=against or [],
+            checks=named_checks(check or []),
+            drop=drop,
+            hidden_share=hidden_share,
+            progress=progress,
+        )
     _print(report.to_json_dict(), report.to_text(), as_json)
 
 
@@ -241,22 +256,6 @@ def train(
     _print(result.to_json_dict(), result.to_text(), as_json)
     if result.interrupted:
         raise typer.Exit(130)
-
-
-@app.command()
-def evaluate(
-    model: ModelRef,
-    data: Annotated[str, typer.Option("--data", help="shards")],
-    out: Annotated[Path, typer.Option("--out", help="folder for metrics.json, samples.parquet and pictures")],
-    suite: Annotated[str, typer.Option("--suite", help="segmentation or muse")] = "segmentation",
-    limit: Annotated[int | None, typer.Option("--limit", min=1, help="samples at most")] = None,
-    as_json: AsJson = False,
-) -> None:
-    """gIoU and cIoU of generated answers, per sample and over all."""
-    from pixellm.jobs.evaluate.run import evaluate as run_evaluation
-
-    result = run_evaluation(model, data, out, suite=suite, limit=limit)
-    _print(result.to_json_dict(), result.to_text(), as_json)
 
 
 @app.command()
@@ -462,11 +461,24 @@ def flops(
     _print(comparison.to_json_dict(), comparison.to_text(), as_json)
 
 
-def _count_pictures() -> Callable[[int, int | None], None] | None:
-    """A counter on standard error, on a terminal only."""
+@contextmanager
+def _picture_bar() -> Iterator[Callable[[int, int | None], None] | None]:
+    """A progress bar on standard error, on a terminal only."""
     if not sys.stderr.isatty():
-        return None
-    return lambda done, total: print(f"\r{done}/{total or '?'} pictures ", end="", file=sys.stderr, flush=True)
+        yield None
+        return
+    from rich import console, progress  # slow
+
+    columns = (
+        progress.TextColumn("{task.description}"),
+        progress.BarColumn(),
+        progress.MofNCompleteColumn(),
+        progress.TimeElapsedColumn(),
+        progress.TimeRemainingColumn(),
+    )
+    with progress.Progress(*columns, console=console.Console(stderr=True)) as bar:
+        task = bar.add_task("pictures", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def _settings(config: Path | None, context: typer.Context) -> Any:

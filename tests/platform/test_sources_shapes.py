@@ -24,7 +24,7 @@ UNSEEN = {"red star", "green ball", "blue kite", "white box"}
 
 def rows(count: int, **options: object) -> list[Row]:
     source = ShapesSource(**options)  # type: ignore[arg-type]
-    return [source.row(index) for index in range(count)]
+    return [source.row_at(index) for index in range(count)]
 
 
 def test_masks_cover_what_a_reading_of_the_decoded_picture_finds() -> None:
@@ -105,10 +105,10 @@ def test_the_same_picture_is_asked_different_things_with_different_answers() -> 
 
 def test_a_row_is_a_pure_function_of_seed_split_and_index() -> None:
     source = ShapesSource(samples=5, seed=3)
-    assert source.row(1_000_000) == ShapesSource(samples=5, seed=3).row(1_000_000)
-    alone = source.row(4)
-    assert [source.row(index) for index in (3, 4)][1] == alone
-    assert alone.image != ShapesSource(seed=4).row(4).image
+    assert source.row_at(1_000_000) == ShapesSource(samples=5, seed=3).row_at(1_000_000)
+    alone = source.row_at(4)
+    assert [source.row_at(index) for index in (3, 4)][1] == alone
+    assert alone.image != ShapesSource(seed=4).row_at(4).image
 
 
 def test_held_out_pictures_and_combinations_stay_held_out() -> None:

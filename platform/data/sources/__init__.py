@@ -6,10 +6,17 @@ from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 from pixellm.errors import ConfigError
-from pixellm.platform.data.sources.base import Source
+from pixellm.platform.data.sources.ade20k import Ade20kSource
+from pixellm.platform.data.sources.base import PictureSource
 from pixellm.platform.data.sources.coco import CocoSource
+from pixellm.platform.data.sources.coco_stuff import CocoStuffSource
+from pixellm.platform.data.sources.generic_coco import GenericCocoSource
 from pixellm.platform.data.sources.llava import LlavaInstructSource
+from pixellm.platform.data.sources.lvis import LvisSource
+from pixellm.platform.data.sources.mapillary import MapillarySource
 from pixellm.platform.data.sources.muse import MuseSource
+from pixellm.platform.data.sources.paco_lvis import PacoLvisSource
+from pixellm.platform.data.sources.pascal_part import PascalPartSource
 from pixellm.platform.data.sources.reasonseg import ReasonSegSource
 from pixellm.platform.data.sources.refer import refer_sources
 from pixellm.platform.data.sources.shapes import ShapesSource
@@ -20,7 +27,7 @@ def source_names() -> tuple[str, ...]:
     return tuple(sorted(_sources()))
 
 
-def get_source(name: str) -> Source:
+def get_source(name: str) -> PictureSource:
     """The source of that name.
 
     Raises:
@@ -34,12 +41,12 @@ def get_source(name: str) -> Source:
     return known[name]
 
 
-def is_generated(source: Source) -> bool:
+def is_generated(source: PictureSource) -> bool:
     """Whether a source makes its pictures itself, so that there is nothing to read."""
     return isinstance(source, ShapesSource)
 
 
-def with_options(source: Source, options: Mapping[str, Any]) -> Source:
+def with_options(source: PictureSource, options: Mapping[str, Any]) -> PictureSource:
     """The source with its options (its fields besides `name` and `layout`) set, e.g. `{"split": "val"}`.
 
     Raises:
@@ -55,9 +62,16 @@ def with_options(source: Source, options: Mapping[str, Any]) -> Source:
     return replace(source, **options)
 
 
-def _sources() -> dict[str, Source]:
-    sources: tuple[Source, ...] = (
+def _sources() -> dict[str, PictureSource]:
+    sources: tuple[PictureSource, ...] = (
         CocoSource(),
+        GenericCocoSource(),
+        CocoStuffSource(),
+        Ade20kSource(),
+        MapillarySource(),
+        LvisSource(),
+        PacoLvisSource(),
+        PascalPartSource(),
         MuseSource(),
         ShapesSource(),
         LlavaInstructSource(),

@@ -1,6 +1,6 @@
 """What a source is, and the ledger in which a preparation writes down what it kept and what it left out, and why.
 
-A source that derives from `PictureSource` is prepared in parallel and restarts where it stopped: `entries` reads the
+So that a preparation runs in parallel and restarts where it stopped, a source works in two steps: `entries` reads the
 annotations once and gives each picture its share of them; `row` reads one picture, anywhere.
 """
 
@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -34,8 +34,8 @@ from pixellm.platform.masks import (
 MAX_LISTED_NAMES = 200
 _NAMES_IN_TEXT = 5
 
-# What Pillow's plugins raise on damaged files, besides OSError (which its own UnidentifiedImageError is).
-_DECODE_ERRORS: tuple[type[Exception], ...] = (
+#: What Pillow's plugins raise on damaged files, besides OSError (which its own UnidentifiedImageError is).
+DECODE_ERRORS: tuple[type[Exception], ...] = (
     OSError,
     SyntaxError,
     ValueError,
@@ -66,6 +66,9 @@ class PrepareReport:
         skipped: how many things were left out, by reason.
         skipped_names: which ones, by reason, the first `MAX_LISTED_NAMES`.
         licenses: pictures by licence.
+        noted: how many things were kept otherwise than their files say, by remark.
+        noted_names: which ones, likewise.
+        parts_found: parts of the shards that an interrupted attempt had finished.
     """
 
     source: str
@@ -78,6 +81,9 @@ class PrepareReport:
     skipped: dict[str, int] = field(default_factory=dict)
     skipped_names: dict[str, list[str]] = field(default_factory=dict)
     licenses: dict[str, int] = field(default_factory=dict)
+    noted: dict[str, int] = field(default_factory=dict)
+    noted_names: dict[str, list[str]] = field(default_factory=dict)
+    parts_found: int = 0
 
     def to_json_dict(self) -> dict[str, Any]:
         """The report as plain JSON values."""
@@ -90,13 +96,34 @@ class PrepareReport:
             f"{self.source}: kept {self.rows} pictures, {self.targets} targets, {self.ignore_regions} ignore regions, "
             f"{dialogues}"
         ]
-        for reason, count in self.skipped.items():
-            names = self.skipped_names[reason]
-            more = ", …" if count > _NAMES_IN_TEXT else ""
-            lines.append(f"skipped {count}: {reason} ({', '.join(names[:_NAMES_IN_TEXT])}{more})")
+        lines += [_listed("skipped", self.skipped, self.skipped_names, reason) for reason in self.skipped]
+        lines += [_listed("noted", self.noted, self.noted_names, remark) for remark in self.noted]
         if self.skipped:
             lines.append("mend these and prepare again to have them; with --strict the first fault is an error")
+        if self.parts_found:
+            lines.append(f"{self.parts_found} parts were there from an interrupted attempt")
         return "\n".join([*lines, f"written to {self.uri} (digest {self.digest[:12]})"])
+
+
+@dataclass(frozen=True, slots=True)
+class LedgerState:
+    """A ledger's content as plain JSON values, to be merged into another ledger.
+
+    Attributes:
+        counts: what was left out, by reason.
+        names: which, by reason.
+        notes: what was kept but differs from what the files say, by remark.
+        note_names: which, by remark.
+        faults: how many of `counts` a strict preparation would have raised.
+        refused: how many of them are masks outside their picture.
+    """
+
+    counts: dict[str, int]
+    names: dict[str, list[str]]
+    notes: dict[str, int]
+    note_names: dict[str, list[str]]
+    faults: int
+    refused: int
 
 
 class Ledger:
@@ -107,6 +134,10 @@ class Ledger:
 
     Attributes:
         total: how many pictures the source will look at, once it knows (for progress displays).
+        counts: things left out, by reason.
+        names: which ones, by reason, the first `MAX_LISTED_NAMES`.
+        notes: things kept otherwise than their files say, by remark.
+        note_names: likewise.
     """
 
     def __init__(self, *, strict: bool = False, skip_bad_masks: bool = False, progress: Progress | None = None) -> None:
@@ -115,6 +146,10 @@ class Ledger:
         self.total: int | None = None
         self.counts: Counter[str] = Counter()
         self.names: dict[str, list[str]] = {}
+        self.notes: Counter[str] = Counter()
+        self.note_names: dict[str, list[str]] = {}
+        self._faults = 0
+        self._refused = 0
         self._progress = progress
         self._looked_at = 0
 
@@ -127,6 +162,7 @@ class Ledger:
         if self.strict:
             explanation = f" ({detail})" if detail else ""
             raise DataError(f"{name}: {reason}{explanation}; mend it, or prepare without --strict to skip it")
+        self._faults += 1
         self.leave_out(reason, name)
 
     def refuse_mask(self, reason: str, name: str, detail: str = "") -> None:
@@ -141,42 +177,42 @@ class Ledger:
                 f"{name}: {reason}{explanation}; do these annotations belong to these photographs? Mend it, or prepare "
                 "with --skip-bad-masks to leave such masks out"
             )
+        self._faults += 1
+        self._refused += 1
         self.leave_out(reason, name)
 
     def leave_out(self, reason: str, name: str) -> None:
         """Writes down something that is no fault but has no place in the shards; never raises."""
-        self.counts[reason] += 1
-        names = self.names.setdefault(reason, [])
-        if len(names) < MAX_LISTED_NAMES:
-            names.append(name)
+        _write_down(reason, [name], 1, self.counts, self.names)
+
+    def note(self, remark: str, name: str) -> None:
+        """Writes down something that is kept, but otherwise than its files say; never raises."""
+        _write_down(remark, [name], 1, self.notes, self.note_names)
 
     def looked_at_one(self) -> None:
         """One more picture was considered, kept or not."""
-        self._looked_at += 1
+        self.looked_at(1)
+
+    def looked_at(self, count: int) -> None:
+        """That many more pictures were considered."""
+        self._looked_at += count
         if self._progress is not None:
             self._progress(self._looked_at, self.total)
 
+    def state(self) -> LedgerState:
+        """What is written down here."""
+        return LedgerState(
+            dict(self.counts), self.names, dict(self.notes), self.note_names, self._faults, self._refused
+        )
 
-class Source(Protocol):
-    """A public dataset in its published layout, read as rows."""
-
-    @property
-    def name(self) -> str:
-        """As on the command line."""
-        ...
-
-    @property
-    def layout(self) -> str:
-        """What is expected in the input folder, for help texts and errors."""
-        ...
-
-    def rows(self, input_uri: str, ledger: Ledger) -> Iterator[Row]:
-        """Yields the rows in a fixed order, streaming; what is left out goes to the ledger.
-
-        Raises:
-            DataError: a part of the layout is missing or not in its format; in strict mode, any fault.
-        """
-        ...
+    def merge(self, state: LedgerState) -> None:
+        """Writes down what another ledger holds, after what is here."""
+        for reason, count in state.counts.items():
+            _write_down(reason, state.names[reason], count, self.counts, self.names)
+        for remark, count in state.notes.items():
+            _write_down(remark, state.note_names[remark], count, self.notes, self.note_names)
+        self._faults += state.faults
+        self._refused += state.refused
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,14 +231,20 @@ class Entry:
 
 
 class PictureSource(ABC):
-    """A source in two steps: `entries` once, in order, without opening a picture; `row` for each, in any process."""
+    """A public dataset in its published layout (or one that is generated). Picklable; a frozen dataclass whose other
+    fields are its options.
+
+    Attributes:
+        name: as on the command line.
+        layout: what is expected in the input folder, for help texts and errors.
+    """
 
     name: str
     layout: str
 
     @abstractmethod
     def entries(self, input_uri: str, ledger: Ledger) -> Iterator[Entry]:
-        """Yields an entry per picture in a fixed order; sets `ledger.total` before the first.
+        """Yields an entry per picture in a fixed order, opening none; sets `ledger.total` before the first.
 
         Raises:
             DataError: a part of the layout is missing or not in its format; in strict mode, any fault.
@@ -217,7 +259,11 @@ class PictureSource(ABC):
         """
 
     def rows(self, input_uri: str, ledger: Ledger) -> Iterator[Row]:
-        """Yields the rows one by one in this process; see `Source.rows`."""
+        """Yields the rows in order, one by one, in this process; what is left out goes to the ledger.
+
+        Raises:
+            DataError: see `entries` and `row`.
+        """
         for entry in self.entries(input_uri, ledger):
             ledger.looked_at_one()
             row = self.row(entry, ledger)
@@ -250,7 +296,7 @@ def read_picture(uri: str, height: int | None, width: int | None, name: str, led
     encoded = storage.read_bytes(uri)
     try:
         true_height, true_width = _decode_to_the_end(encoded)
-    except _DECODE_ERRORS as error:
+    except DECODE_ERRORS as error:
         ledger.skip("picture does not decode", name, str(error))
         return None
     if (height or true_height, width or true_width) != (true_height, true_width):
@@ -325,6 +371,19 @@ def licenses_by_file(uri: str) -> dict[str, str]:
     names = license_names(content.get("licenses"))
     images = [image for image in content["images"] if isinstance(image, dict)]
     return {str(image.get("file_name")): names.get(image.get("license"), "unknown") for image in images}
+
+
+def _listed(verb: str, counts: Mapping[str, int], names: Mapping[str, list[str]], reason: str) -> str:
+    more = ", …" if counts[reason] > _NAMES_IN_TEXT else ""
+    return f"{verb} {counts[reason]}: {reason} ({', '.join(names[reason][:_NAMES_IN_TEXT])}{more})"
+
+
+def _write_down(
+    reason: str, new_names: list[str], count: int, counts: Counter[str], names: dict[str, list[str]]
+) -> None:
+    counts[reason] += count
+    listed = names.setdefault(reason, [])
+    listed += new_names[: MAX_LISTED_NAMES - len(listed)]
 
 
 def _as_float32(box: Box) -> Box:

@@ -27,7 +27,7 @@ from pixellm.platform.data.shape_scenes import (
     scene_rng,
     shape_mask,
 )
-from pixellm.platform.data.sources.base import Ledger
+from pixellm.platform.data.sources.base import Entry, Ledger, PictureSource
 from pixellm.platform.masks import mask_area, mask_box, rle_encode
 
 #: Questions about one picture, at most; they differ in what they ask.
@@ -76,7 +76,7 @@ class Ask(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class ShapesSource:
+class ShapesSource(PictureSource):
     """Generated, so nothing is read.
 
     Args:
@@ -103,15 +103,19 @@ class ShapesSource:
         if self.samples < 1 or self.seed < 0:
             raise ConfigError(f"shapes wants samples ≥ 1 and a seed ≥ 0, got {self.samples} and {self.seed}")
 
-    def rows(self, input_uri: str, ledger: Ledger) -> Iterator[Row]:
-        """Yields rows 0 … samples − 1; see `Source.rows`."""
+    def entries(self, input_uri: str, ledger: Ledger) -> Iterator[Entry]:
+        """Yields entries 0 … samples − 1; see `PictureSource.entries`."""
         del input_uri
         ledger.total = self.samples
         for index in range(self.samples):
-            ledger.looked_at_one()
-            yield self.row(index)
+            yield Entry(f"{self.split}-{self.seed}-{index}", (), {"index": index})
 
-    def row(self, index: int) -> Row:
+    def row(self, entry: Entry, ledger: Ledger) -> Row:
+        """The row of an entry; see `PictureSource.row`."""
+        del ledger
+        return self.row_at(entry.facts["index"])
+
+    def row_at(self, index: int) -> Row:
         """The row of any index ≥ 0, also beyond `samples`."""
         rng = scene_rng(self.seed, self.split, index)
         shapes = draw_scene(rng, self.split)
