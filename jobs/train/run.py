@@ -146,19 +146,35 @@ def train(settings: Settings, *, progress: bool = True, fresh: bool = False) -> 
 def resolve_source_uris(settings: Settings, data_dir: Path) -> Settings:
     """Replaces `demo:GROUP` by the shards of the packaged demo data, made below `data_dir` on first use.
 
+    Paths of training, validation and evaluation shards and of the store for checkpoints become absolute.
+
     Raises:
         ConfigError: there is no source, or no such demo group.
     """
     if not settings.data.sources:
         raise ConfigError("the recipe names no data; set data.sources, a list of {uri, group, weight}")
-    resolved = []
-    for source in settings.data.sources:
-        if source.uri.startswith(_DEMO_SCHEME):
-            source = source.model_copy(update={"uri": _demo_uri(source.uri.removeprefix(_DEMO_SCHEME), data_dir)})
-        elif (path := storage.local_path(source.uri)) is not None:
-            source = source.model_copy(update={"uri": str(path)})
-        resolved.append(source)
-    return settings.model_copy(update={"data": settings.data.model_copy(update={"sources": tuple(resolved)})})
+    sources = tuple(
+        source.model_copy(update={"uri": _resolved(source.uri, data_dir)}) for source in settings.data.sources
+    )
+    train, evaluate = settings.train, settings.evaluate
+    if train.validation.uri is not None:
+        validation = train.validation.model_copy(update={"uri": _resolved(train.validation.uri, data_dir)})
+        train = train.model_copy(update={"validation": validation})
+    if train.checkpoint_uri is not None:
+        train = train.model_copy(update={"checkpoint_uri": _resolved(train.checkpoint_uri, data_dir)})
+    if evaluate.uri is not None:
+        evaluate = evaluate.model_copy(update={"uri": _resolved(evaluate.uri, data_dir)})
+    data = settings.data.model_copy(update={"sources": sources})
+    return settings.model_copy(update={"data": data, "train": train, "evaluate": evaluate})
+
+
+def _resolved(uri: str, data_dir: Path) -> str:
+    """A URI that means the same in every process: a worker's working directory is another one."""
+    if uri.startswith(_DEMO_SCHEME):
+        return _demo_uri(uri.removeprefix(_DEMO_SCHEME), data_dir)
+    if "://" in uri and not uri.startswith("file://"):
+        return uri  # and nothing is asked of a store: Arrow looks an S3 bucket's region up
+    return str(storage.local_path(uri) or uri)
 
 
 def _demo_uri(group: str, data_dir: Path) -> str:

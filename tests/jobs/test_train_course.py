@@ -16,6 +16,7 @@ from pixellm.errors import ConfigError
 from pixellm.jobs.train.build import build_model
 from pixellm.jobs.train.checkpoints import CheckpointFolder, steps_to_remove
 from pixellm.jobs.train.events import StartEvent, UploadEvent, ValidationEvent, WorkerResult
+from pixellm.jobs.train.run import resolve_source_uris
 from pixellm.jobs.train.upload import Uploader
 from pixellm.jobs.train.validation import Plateau, share_of_rank
 from pixellm.jobs.train.worker import run_worker
@@ -236,3 +237,16 @@ def test_a_checkpoint_says_what_it_is_in_words(
     ]
     assert all(len(record["sha256"]) == 64 for record in meta["files"])
     assert (meta["step"], meta["position"], meta["config"]["seed"]) == (2, 4, 0)
+
+
+def test_paths_mean_the_same_to_workers_that_run_elsewhere(
+    demo_shards: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    validation = {"every": 2, "uri": "held_out"}
+    settings = micro_settings(demo_shards, tmp_path, validation=validation, checkpoint_uri="s3://copies/here")
+    monkeypatch.chdir(tmp_path)
+    resolved = resolve_source_uris(settings, tmp_path / "data")
+    assert resolved.train.validation.uri == str(tmp_path / "held_out")
+    assert resolved.train.checkpoint_uri == "s3://copies/here"
+    settings = micro_settings(demo_shards, tmp_path, checkpoint_uri="copies")
+    assert resolve_source_uris(settings, tmp_path / "data").train.checkpoint_uri == str(tmp_path / "copies")
