@@ -1,48 +1,16 @@
 """How a model answers the questions of an evaluation: by itself, or with the words of the true answer given to it."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from pixellm.jobs.evaluate.questions import Question
+from pixellm.jobs.evaluate.types import Answer
 from pixellm.model.engine import PixelLMEngine
 from pixellm.model.engine.types import GenerationOptions, SegmentRequest
 from pixellm.model.modeling import PixelLMForConditionalGeneration
 from pixellm.model.processing import PixelLMProcessor
-
-
-@dataclass(frozen=True)
-class Answer:
-    """An answer to one question.
-
-    Attributes:
-        text: words with `[k]` where target k − 1 belongs.
-        phrases: name of each target.
-        masks: bool H×W at the picture's own size.
-        is_ordered: mask k is meant for true target k.
-    """
-
-    text: str
-    phrases: tuple[str, ...]
-    masks: tuple[npt.NDArray[np.bool_], ...]
-    is_ordered: bool
-
-
-class Answerer(Protocol):
-    """Answers a batch of questions, in their order."""
-
-    def answer(self, questions: Sequence[Question]) -> list[Answer]:
-        """One answer per question."""
-        ...
-
-    def close(self) -> None:
-        """Lets go of threads and memory."""
-        ...
 
 
 class GeneratedAnswers:

@@ -15,9 +15,10 @@ import pyarrow.parquet as pq
 from PIL import Image, ImageOps
 
 from pixellm.errors import ConfigError
-from pixellm.jobs.evaluate.answers import Answer, Answerer, ForcedAnswers, GeneratedAnswers
+from pixellm.jobs.evaluate.answers import ForcedAnswers, GeneratedAnswers
 from pixellm.jobs.evaluate.metrics import QuestionScore, SegmentationMeter, score_question
 from pixellm.jobs.evaluate.questions import Question, check_suite, iterate_questions
+from pixellm.jobs.evaluate.types import Answer, Answerer
 from pixellm.platform import registry
 from pixellm.platform.data.compose import ComposeLimits
 from pixellm.platform.overlay import draw_overlay

@@ -8,9 +8,9 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from pixellm.jobs.evaluate.answers import Answer
 from pixellm.jobs.evaluate.metrics import score_merged, score_rles, without_ignored
 from pixellm.jobs.evaluate.suites import Asked, Suite
+from pixellm.jobs.evaluate.types import Answer
 from pixellm.platform.data.schema import MASK_TYPE
 from pixellm.platform.masks import Rle, rle_decode, rle_encode
 

@@ -1,0 +1,204 @@
+"""Blocks of questions through a model: in this process, or in a pool of actors that each load it once.
+
+A block is a fixed run of consecutive questions, answered in one batch and kept in one file. So an answer does not
+depend on the number of actors, a block that is on disk is not asked again, and one whose actor died is asked anew.
+"""
+
+import io
+import logging
+import pickle
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pixellm.errors import DataError, PixelLMError
+from pixellm.jobs.evaluate.questions import Question
+from pixellm.jobs.evaluate.samples import SAMPLE_SCHEMA, sample_row
+from pixellm.jobs.evaluate.suites import Asked, Suite, questions_of
+from pixellm.jobs.evaluate.types import Answerer
+from pixellm.platform import registry, storage
+from pixellm.platform.data.shards import ShardedDataset
+from pixellm.platform.masks import rle_decode
+from pixellm.platform.settings import TrackingSettings
+
+Mode = Literal["generated", "forced"]
+_BLOCKS_PER_DATASET = 1024
+
+
+@dataclass(frozen=True)
+class AnswerPlan:
+    """All that an actor needs; picklable.
+
+    Attributes:
+        dataset: the shards.
+        suite: which questions.
+        model_ref: resolved where the model is loaded.
+        mode: "generated" answers, or "forced" (true answers given, only masks scored).
+        batch_size: questions of a block.
+        device: where the model runs.
+        tracking: which registry the reference is looked up in.
+    """
+
+    dataset: ShardedDataset
+    suite: Suite
+    model_ref: str
+    mode: Mode = "generated"
+    batch_size: int = 8
+    device: str = "cpu"
+    tracking: TrackingSettings = field(default_factory=TrackingSettings)
+
+
+#: Opens the model of a plan; picklable.
+OpenAnswerer = Callable[[AnswerPlan], Answerer]
+
+
+def open_model(plan: AnswerPlan) -> Answerer:
+    """The plan's model, answering in its mode.
+
+    Raises:
+        ModelLoadError: the reference does not resolve to a whole model.
+    """
+    from pixellm.jobs.evaluate.run import open_answerer  # imports torch and transformers
+
+    folder = registry.resolve(plan.model_ref, plan.tracking)
+    return open_answerer(folder, plan.mode, batch_size=plan.batch_size, device=plan.device)
+
+
+@dataclass(frozen=True)
+class Block:
+    """A numbered run of questions, each by (row, order within the row)."""
+
+    number: int
+    places: tuple[tuple[int, int], ...]
+
+
+def cut_blocks(places: Sequence[tuple[int, int]], batch_size: int) -> list[Block]:
+    """Blocks of `batch_size` questions, in order."""
+    return [
+        Block(number, tuple(places[start : start + batch_size]))
+        for number, start in enumerate(range(0, len(places), batch_size))
+    ]
+
+
+def block_uri(out_dir: str, number: int) -> str:
+    """Where a block's samples are kept."""
+    return storage.join(out_dir, "blocks", f"block-{number:06d}.parquet")
+
+
+def read_block(out_dir: str, number: int) -> list[dict[str, Any]]:
+    """The samples of a finished block.
+
+    Raises:
+        DataError: the file is absent or damaged.
+    """
+    uri = block_uri(out_dir, number)
+    try:
+        rows: list[dict[str, Any]] = pq.read_table(io.BytesIO(storage.read_bytes(uri))).to_pylist()
+    except pa.ArrowException as error:
+        raise DataError(f"cannot read {uri}: {error}; remove it and run the same command again") from None
+    return rows
+
+
+def answer_block(plan: AnswerPlan, answerer: Answerer, block: Block) -> bytes:
+    """Asks, scores and packs one block: a Parquet file of `SAMPLE_SCHEMA`."""
+    asked: list[Asked] = []
+    images: list[bytes] = []
+    for number, group in groupby(block.places, key=lambda place: place[0]):
+        row = plan.dataset.read_row(number)
+        of_row = list(questions_of(row, number, plan.suite, [order for _, order in group]))
+        asked += of_row
+        images += [row.image] * len(of_row)
+    answers = answerer.answer([_question(a, image, plan.mode) for a, image in zip(asked, images, strict=True)])
+    rows = [sample_row(a, answer, plan.suite) for a, answer in zip(asked, answers, strict=True)]
+    sink = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows, schema=SAMPLE_SCHEMA), sink, compression="zstd")
+    return sink.getvalue()
+
+
+def answer_here(plan: AnswerPlan, blocks: Sequence[Block], open_answerer: OpenAnswerer) -> Iterator[tuple[int, bytes]]:
+    """Goes through the blocks in this process; yields number and content of each."""
+    answerer = open_answerer(plan)
+    try:
+        for block in blocks:
+            yield block.number, answer_block(plan, answerer, block)
+    finally:
+        answerer.close()
+
+
+def answer_in_actors(
+    plan: AnswerPlan,
+    blocks: Sequence[Block],
+    open_answerer: OpenAnswerer,
+    *,
+    actors: int,
+    num_cpus: float = 1.0,
+    num_gpus: float = 0.0,
+) -> Iterator[tuple[int, bytes]]:
+    """Goes through the blocks in a pool of 1 to `actors` actors of the connected cluster, in any order.
+
+    An actor that dies is started again and its blocks are asked again: a block comes out once.
+
+    Raises:
+        PixelLMError: what an actor ran into.
+    """
+    import ray.data  # slow
+
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # it announces every dataset on the terminal
+    for first in range(0, len(blocks), _BLOCKS_PER_DATASET):
+        part = blocks[first : first + _BLOCKS_PER_DATASET]
+        packed = [pa.table({"block": pa.array([pickle.dumps(block)], pa.binary())}) for block in part]
+        dataset = ray.data.from_arrow(packed).map_batches(
+            _AnswerActor,
+            fn_constructor_args=(plan, open_answerer),
+            batch_size=1,
+            batch_format="pyarrow",
+            compute=ray.data.ActorPoolStrategy(min_size=1, max_size=min(actors, len(part))),
+            num_cpus=num_cpus,
+            num_gpus=num_gpus or None,
+        )
+        dataset.context.enable_progress_bars = False
+        for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1):
+            for number, content, error in zip(*(batch[name].to_pylist() for name in batch.column_names), strict=True):
+                if error:
+                    raise pickle.loads(error)
+                yield number, content
+
+
+class _AnswerActor:
+    """One actor: a model that is loaded once."""
+
+    def __init__(self, plan: AnswerPlan, open_answerer: OpenAnswerer) -> None:
+        self._plan, self._open = plan, open_answerer
+        self._answerer: Answerer | None = None
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        """Answers the blocks of a batch; an error of ours travels in the block's place."""
+        numbers, contents, errors = [], [], []
+        for packed in batch["block"].to_pylist():
+            block: Block = pickle.loads(packed)
+            content, error = b"", b""
+            try:
+                if self._answerer is None:
+                    self._answerer = self._open(self._plan)
+                content = answer_block(self._plan, self._answerer, block)
+            except PixelLMError as problem:
+                error = pickle.dumps(problem)
+            numbers.append(block.number)
+            contents.append(content)
+            errors.append(error)
+        return pa.table(
+            {
+                "number": pa.array(numbers, pa.int64()),
+                "content": pa.array(contents, pa.large_binary()),
+                "error": pa.array(errors, pa.binary()),
+            }
+        )
+
+
+def _question(asked: Asked, image: bytes, mode: Mode) -> Question:
+    masks = tuple(rle_decode(mask) for mask in asked.masks) if mode == "forced" else ()
+    return Question(asked.sample_id, "muse", image, asked.prompt, asked.answer, asked.phrases, masks, None)
