@@ -140,7 +140,8 @@ class Ledger:
         stale_s: float = 600.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._database = sqlite3.connect(folder / LEDGER_FILE, isolation_level=None, check_same_thread=False)
+        self._file = folder / LEDGER_FILE
+        self._database = sqlite3.connect(self._file, isolation_level=None, check_same_thread=False)
         self._database.executescript(_SCHEMA)
         self._run, self._budget = run, budget_nusd
         self._stale_s, self._clock = stale_s, clock
@@ -157,9 +158,16 @@ class Ledger:
         )
 
     def apply(self, messages: Sequence[Message]) -> list[Reply]:
-        """Carries messages out in one synced transaction and returns a reply for each."""
-        with self._transaction():
-            return [self._apply(message) for message in messages]
+        """Carries messages out in one synced transaction and returns a reply for each.
+
+        Raises:
+            DataError: they cannot be written (a full disk); the run must end, what was written before stays.
+        """
+        try:
+            with self._transaction():
+                return [self._apply(message) for message in messages]
+        except sqlite3.Error as error:
+            raise DataError(f"the ledger {self._file} cannot be written: {error}; make room and start again") from None
 
     def finished_rows(self) -> set[int]:
         """Numbers of the rows whose outcome is final."""

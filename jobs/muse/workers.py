@@ -146,7 +146,7 @@ class _AskActor:
             asker = await self._opening
             await asyncio.gather(*(asker.about(int(row)) for row in batch["row"]))
         except PixelLMError as problem:
-            error = pickle.dumps(problem)
+            error = pickle.dumps(getattr(problem, "cause", problem))  # Ray wraps what the ledger's actor raised
         errors = [error] + [b""] * (len(batch["row"]) - 1)
         return {"row": batch["row"], "error": np.array(errors, dtype=object)}
 
