@@ -97,6 +97,10 @@ def test_a_stopped_evaluation_goes_on_and_asks_no_block_twice(shards: str, tmp_p
 def test_a_killed_actor_changes_nothing_and_no_sample_comes_twice(
     ray_cluster: str, shards: str, tmp_path: Path
 ) -> None:
+    import evaluate_case
+    from ray import cloudpickle
+
+    cloudpickle.register_pickle_by_value(evaluate_case)  # the actors have no path to the tests
     (tmp_path / "die").touch()
     options = EvaluationOptions(with_report=False, batch_size=1, actors=2, actor_cpus=0.5)
     known = KnownAnswers(0.5, tmp_path / "log")
