@@ -1,12 +1,13 @@
 """The coco source: genuine data read independently (pycocotools, raw JSON), and every fault counted or raised."""
 
+import io
 import json
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 from pycocotools import mask as coco_mask
 
 from pixellm.errors import ConfigError, DataError
@@ -188,6 +189,25 @@ def test_a_picture_turned_by_its_exif_is_taken_as_a_person_sees_it(tmp_path: Pat
     (row,), _ = read(coco.write(), strict=True)
 
     assert (row.height, row.width) == (60, 40)
+
+
+def test_a_picture_annotated_before_its_exif_turn_is_kept_with_its_pixels_as_stored_and_noted(tmp_path: Path) -> None:
+    coco = CocoFolder(tmp_path / "in")
+    coco.add_image(1, height=40, width=60)
+    coco.add_box(10, 1, 45, 2, 10, 10)
+    path = coco.folder / "images" / "000000000001.jpg"
+    exif = Image.Exif()
+    exif[0x010F], exif[0x0112] = "a camera", 8
+    Image.open(path).save(path, exif=exif)
+    stored = np.asarray(Image.open(path))
+
+    (row,), ledger = read(coco.write(), strict=True)
+    shown = ImageOps.exif_transpose(Image.open(io.BytesIO(row.image)))
+
+    assert (row.height, row.width) == (40, 60)
+    assert np.array_equal(np.asarray(shown), stored)
+    assert len(row.image) == path.stat().st_size
+    assert ledger.notes == {"EXIF turn taken off: the annotations are of the stored pixels": 1}
 
 
 @pytest.mark.parametrize("layout", ["plain", "official"])

@@ -19,6 +19,7 @@ from PIL import Image
 from pixellm.errors import DataError
 from pixellm.platform import storage
 from pixellm.platform.data.schema import Row
+from pixellm.platform.data.sources.exif import turns_quarter, without_turn
 from pixellm.platform.masks import (
     BORDER_TOLERANCE_PX,
     Box,
@@ -283,6 +284,9 @@ class Picture:
 def read_picture(uri: str, height: int | None, width: int | None, name: str, ledger: Ledger) -> Picture | None:
     """Reads a picture and decodes it to the end; a fault goes to the ledger and gives None.
 
+    A picture that its EXIF turns by a quarter is taken as a person sees it, unless the annotations' size says that they
+    are of the stored pixels: then the turn is taken off, and noted.
+
     Args:
         uri: of the file.
         height: what the annotations say, pixels; None: not stated.
@@ -299,7 +303,13 @@ def read_picture(uri: str, height: int | None, width: int | None, name: str, led
     except DECODE_ERRORS as error:
         ledger.skip("picture does not decode", name, str(error))
         return None
-    if (height or true_height, width or true_width) != (true_height, true_width):
+    wanted = (height or true_height, width or true_width)
+    if wanted == (true_width, true_height) != (true_height, true_width):
+        upright = without_turn(encoded)  # None where the picture is not turned
+        if upright is not None:
+            ledger.note("EXIF turn taken off: the annotations are of the stored pixels", name)
+            return Picture(upright, true_width, true_height)
+    if wanted != (true_height, true_width):
         detail = f"annotated as {height}×{width}, the picture is {true_height}×{true_width} as displayed"
         ledger.skip("picture has another size than its annotation says", name, detail)
         return None
@@ -310,7 +320,7 @@ def _decode_to_the_end(encoded: bytes) -> tuple[int, int]:
     """Decodes at the coarsest scale (cheap, yet every byte is read) and returns the displayed (height, width)."""
     with Image.open(io.BytesIO(encoded)) as picture:
         width, height = picture.size
-        turned = picture.getexif().get(0x0112, 1) >= 5
+        turned = turns_quarter(picture)
         picture.draft("L", (max(1, width // 8), max(1, height // 8)))
         picture.load()
     return (width, height) if turned else (height, width)
