@@ -103,6 +103,12 @@ def read_block(out_dir: str, number: int) -> list[dict[str, Any]]:
     return rows
 
 
+def question_about(asked: Asked, image: bytes, mode: Mode) -> Question:
+    """What an answerer is given: with the true masks only where they are forced."""
+    masks = tuple(rle_decode(mask) for mask in asked.masks) if mode == "forced" else ()
+    return Question(asked.sample_id, "muse", image, asked.prompt, asked.answer, asked.phrases, masks, None)
+
+
 def answer_block(plan: AnswerPlan, answerer: Answerer, block: Block) -> bytes:
     """Asks, scores and packs one block: a Parquet file of `SAMPLE_SCHEMA`."""
     asked: list[Asked] = []
@@ -112,7 +118,7 @@ def answer_block(plan: AnswerPlan, answerer: Answerer, block: Block) -> bytes:
         of_row = list(questions_of(row, number, plan.suite, [order for _, order in group]))
         asked += of_row
         images += [row.image] * len(of_row)
-    answers = answerer.answer([_question(a, image, plan.mode) for a, image in zip(asked, images, strict=True)])
+    answers = answerer.answer([question_about(a, image, plan.mode) for a, image in zip(asked, images, strict=True)])
     rows = [sample_row(a, answer, plan.suite) for a, answer in zip(asked, answers, strict=True)]
     sink = io.BytesIO()
     pq.write_table(pa.Table.from_pylist(rows, schema=SAMPLE_SCHEMA), sink, compression="zstd")
@@ -197,8 +203,3 @@ class _AnswerActor:
                 "error": pa.array(errors, pa.binary()),
             }
         )
-
-
-def _question(asked: Asked, image: bytes, mode: Mode) -> Question:
-    masks = tuple(rle_decode(mask) for mask in asked.masks) if mode == "forced" else ()
-    return Question(asked.sample_id, "muse", image, asked.prompt, asked.answer, asked.phrases, masks, None)

@@ -1,4 +1,4 @@
-"""Runs an evaluation: questions from shards, answers from a model, metrics, one Parquet row per question, pictures."""
+"""The evaluation after training: questions from shards, answers, metrics, one Parquet row per question, pictures."""
 
 import io
 import json
@@ -19,10 +19,9 @@ from pixellm.jobs.evaluate.answers import ForcedAnswers, GeneratedAnswers
 from pixellm.jobs.evaluate.metrics import QuestionScore, SegmentationMeter, score_question
 from pixellm.jobs.evaluate.questions import Question, check_suite, iterate_questions
 from pixellm.jobs.evaluate.types import Answer, Answerer
-from pixellm.platform import registry
 from pixellm.platform.data.compose import ComposeLimits
 from pixellm.platform.overlay import draw_overlay
-from pixellm.platform.settings import Settings, TrackingSettings
+from pixellm.platform.settings import Settings
 
 Mode = Literal["generated", "forced"]
 METRICS_FILE, SAMPLES_FILE = "metrics.json", "samples.parquet"
@@ -78,46 +77,6 @@ class EvaluateResult:
         )
 
 
-def evaluate(
-    model_ref: str | Path,
-    data_uri: str,
-    out_dir: str | Path,
-    *,
-    suite: str = "segmentation",
-    mode: Mode = "generated",
-    limit: int | None = None,
-    batch_size: int = 8,
-    limits: ComposeLimits | None = None,
-    num_pictures: int = 6,
-    device: str = "cpu",
-    tracking: TrackingSettings | None = None,
-) -> EvaluateResult:
-    """Evaluates a model on shards.
-
-    Args:
-        model_ref: a model folder, `models:/NAME@alias` or `models:/NAME/VERSION`.
-        data_uri: shards.
-        out_dir: gets `metrics.json`, `samples.parquet` and `pictures/`.
-        suite: kind of questions, "segmentation" or "muse".
-        mode: "generated" answers, or "forced" (true answers given, only masks judged).
-        limit: questions at most.
-        batch_size: questions answered together.
-        limits: targets per question and their least size; None takes up to six of any size.
-        num_pictures: how many answers are drawn.
-        device: where the model runs.
-        tracking: which registry the reference is looked up in.
-
-    Raises:
-        ConfigError: no such suite.
-        DataError: no shards, or none of their rows can give such a question.
-        ModelLoadError: the reference does not resolve to a whole model.
-    """
-    model_dir = registry.resolve(model_ref, tracking or TrackingSettings())
-    questions = iterate_questions(data_uri, check_suite(suite), limits or ComposeLimits(max_targets=6), limit)
-    answerer = open_answerer(model_dir, mode, batch_size=batch_size, device=device)
-    return _evaluate(questions, answerer, mode, str(model_ref), Path(out_dir), batch_size, num_pictures)
-
-
 def evaluate_after_training(
     settings: Settings, model_dir: Path, out_dir: Path, *, mode: Mode | None = None, num_pictures: int = 6
 ) -> EvaluateResult:
@@ -126,7 +85,7 @@ def evaluate_after_training(
     Args:
         settings: of the run, its sources resolved; question limits are those of training.
         model_dir: the finished model (or any other, to compare with).
-        out_dir: as for `evaluate`.
+        out_dir: gets `metrics.json`, `samples.parquet` and `pictures/`.
         mode: None takes `evaluate.mode`.
         num_pictures: how many answers are drawn.
 
