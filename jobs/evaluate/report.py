@@ -161,14 +161,17 @@ def choose_samples(
 
 
 def _card(gallery: str, sample: Mapping[str, Any], dataset: ShardedDataset) -> Card:
-    scores = sample["judge_scores"] or []
-    verdicts = [
-        f"[{prediction + 1}] {score:g}/10: {words}"
-        for prediction, score, words in zip(
-            sample["pair_prediction"], scores, sample["judge_words"] or [""] * len(scores), strict=True
-        )
-        if prediction >= 0
-    ]
+    verdicts = (
+        [
+            f"[{prediction + 1}] {score:g}/10{': ' if words else ''}{words}"
+            for prediction, score, words in zip(
+                sample["pair_prediction"], sample["judge_scores"], sample["judge_words"], strict=True
+            )
+            if prediction >= 0
+        ]
+        if sample["judge_scores"] is not None
+        else []
+    )
     if sample["judge_status"] not in (None, "judged"):
         verdicts = [f"judge: {sample['judge_status']}"]
     return Card(
