@@ -97,7 +97,7 @@ def measure(preset: str, *, quick: bool, seed: int) -> dict[str, Any]:
             preset, folder / "elastic", steps, every, num_workers=(1, 2), worker_cpus=2.0, max_failures=5,
             resize_check_s=1.0,
         )  # fmt: skip
-        outcome = drills.in_a_process_of_its_own(elastic, folder / "elastic" / "run", every + 1, grow_after=2)
+        (outcome,) = drills.in_a_process_of_its_own(elastic, folder / "elastic" / "run", every + 1, grow_after=2)
         difference = drills.largest_difference(outcome.curve, whole)
         recover["node"], repeated["node"] = outcome.recover_s[0], outcome.steps_repeated
         if len(outcome.recover_s) > 1:

@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,8 +40,9 @@ QUICK_HEALTH_CHECKS = {
     "health_check_timeout_ms": 500,
     "health_check_failure_threshold": 3,
 }
+_NOTICED_WITHIN_S = 4.0
 NODE_CPUS = 3
-"""Logical CPUs of a node in `node_lost`: room for one worker of two and its reading tasks."""
+"""Logical CPUs of a node of `own_cluster`: room for one worker of two and its reading tasks."""
 
 
 @dataclass
@@ -113,6 +114,11 @@ def run_alone(
 
 def worker_killed(settings: Settings, run_dir: Path, after_step: int) -> Outcome:
     """kill -9 of the last rank's worker in the middle of a step."""
+    return run_in_group(settings, run_dir, killing_a_worker(after_step))
+
+
+def killing_a_worker(after_step: int) -> Callable[[Recorder], None]:
+    """The fault of `worker_killed`; it happens once."""
     is_done = False
 
     def fault(view: Recorder) -> None:
@@ -121,11 +127,24 @@ def worker_killed(settings: Settings, run_dir: Path, after_step: int) -> Outcome
             is_done = True
             os.kill(view.places[-1].pid, signal.SIGKILL)
 
-    return run_in_group(settings, run_dir, fault)
+    return fault
 
 
-def driver_killed(settings: Settings, run_dir: Path, address: str, after_step: int) -> tuple[Outcome, float, int]:
+def driver_killed(
+    settings: Settings,
+    run_dir: Path,
+    address: str,
+    after_step: int,
+    then: Callable[[Recorder], None] | None = None,
+) -> tuple[Outcome, float, int]:
     """kill -9 of a driver; another one goes on, as the same command does.
+
+    Args:
+        settings: of the run.
+        run_dir: of the run.
+        address: of the cluster that this process is connected to.
+        after_step: of the first driver's run, when it is killed.
+        then: a fault of the second driver's run.
 
     Returns:
         The second driver's outcome, seconds from the kill to its first step, and the steps repeated.
@@ -148,7 +167,13 @@ def driver_killed(settings: Settings, run_dir: Path, address: str, after_step: i
     if reached < after_step:
         raise RuntimeError(f"the first driver ended by itself at step {reached}: {errors[-2000:]}")
     seen: list[Recorder] = []
-    outcome = run_in_group(settings, run_dir, lambda view: seen.append(view) if not seen else None)
+
+    def fault(view: Recorder) -> None:
+        seen[:] = [view]
+        if then is not None:
+            then(view)
+
+    outcome = run_in_group(settings, run_dir, fault)
     recover_s = (seen[0].first_step_at or killed_at) - killed_at
     return outcome, recover_s, reached - (outcome.result.resumed_from or 0)
 
@@ -170,53 +195,68 @@ def own_cluster() -> Iterator[tuple[Any, Any]]:
         cluster.shutdown()
 
 
-def node_lost(settings: Settings, run_dir: Path, after_step: int, grow_after: int | None) -> Outcome:
-    """A node is killed with the worker on it, and another one joins later; in a cluster of this process's own.
+def lose_node(
+    cluster: Any, lost: Any, settings: Settings, run_dir: Path, after_step: int, grow_after: int | None
+) -> Outcome:
+    """A node is killed with the worker on it, and another one joins later.
 
     Args:
+        cluster: that this process is connected to.
+        lost: its node that goes.
         settings: with `train.num_workers` [1, 2] and `worker_cpus` of 2.
         run_dir: of the run.
         after_step: when the node goes.
         grow_after: steps with one worker after which a node joins; None: none does.
     """
     state = {"lost_at": 0, "has_grown": False}
-    with own_cluster() as (cluster, lost):
 
-        def fault(view: Recorder) -> None:
-            if not state["lost_at"] and view.step >= after_step and view.num_workers == 2:
-                state["lost_at"] = view.step
-                cluster.remove_node(lost, allow_graceful=False)
-            is_alone = view.num_workers == 1 and view.sizes[-1:] == [1] and bool(state["lost_at"])
-            if grow_after is not None and is_alone and not state["has_grown"] and view.step >= after_step + grow_after:
-                state["has_grown"] = True
-                cluster.add_node(num_cpus=NODE_CPUS, wait=False)
+    def fault(view: Recorder) -> None:
+        if not state["lost_at"] and view.step >= after_step and view.num_workers == 2:
+            state["lost_at"] = view.step
+            cluster.remove_node(lost, allow_graceful=False)
+        is_alone = view.num_workers == 1 and view.sizes[-1:] == [1] and bool(state["lost_at"])
+        if grow_after is not None and is_alone and not state["has_grown"] and view.step >= after_step + grow_after:
+            state["has_grown"] = True
+            _while_halted(view.places[0].pid, lambda: cluster.add_node(num_cpus=NODE_CPUS))
 
-        return run_in_group(settings, run_dir, fault)
+    return run_in_group(settings, run_dir, fault)
 
 
-def node_drained(settings: Settings, run_dir: Path, after_step: int) -> Outcome:
+def _while_halted(pid: int, action: Callable[[], object]) -> None:
+    """Halts a worker for as long as something takes, so that a short run has steps left afterwards."""
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        action()
+        time.sleep(_NOTICED_WITHIN_S)
+    finally:
+        with suppress(ProcessLookupError):  # Ray may have replaced it by then
+            os.kill(pid, signal.SIGCONT)
+
+
+def drain_node(cluster: Any, node: Any, settings: Settings, run_dir: Path, after_step: int) -> Outcome:
     """Ray announces that a node is about to be taken away (pre-emption, in a minute); the run stops as resumable.
 
     Args:
+        cluster: that this process is connected to.
+        node: one of its nodes, with a worker of the run.
         settings: with two workers and `worker_cpus` of 2.
         run_dir: of the run.
         after_step: when the notice comes.
     """
     announced: list[subprocess.Popen[bytes]] = []
-    with own_cluster() as (cluster, node):
 
-        def fault(view: Recorder) -> None:
-            if not announced and view.step >= after_step:
-                command = [sys.executable, "-m", "ray.scripts.scripts", "drain-node", "--address", cluster.address]
-                command += ["--node-id", node.node_id, "--reason", "DRAIN_NODE_REASON_PREEMPTION"]
-                command += ["--reason-message", "a drill", "--deadline-remaining-seconds", "60"]
-                announced.append(subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
+    def fault(view: Recorder) -> None:
+        if not announced and view.step >= after_step:
+            command = [sys.executable, "-m", "ray.scripts.scripts", "drain-node", "--address", cluster.address]
+            command += ["--node-id", node.node_id, "--reason", "DRAIN_NODE_REASON_PREEMPTION"]
+            command += ["--reason-message", "a drill", "--deadline-remaining-seconds", "60"]
+            announced.append(subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
 
-        try:
-            return run_in_group(settings, run_dir, fault)
-        finally:
-            for command in announced:
-                command.wait(60)
+    try:
+        return run_in_group(settings, run_dir, fault)
+    finally:
+        for command in announced:
+            command.wait(60)
 
 
 def disk_full(settings: Settings, run_dir: Path, at_step: int) -> tuple[Outcome, float]:
@@ -325,7 +365,7 @@ def _last_step(progress: Path) -> int:
 
 
 def _drive() -> None:
-    """The driver that `driver_killed` kills; or, for `node_lost`, a process with a cluster of its own."""
+    """The driver that `driver_killed` kills; or, for `in_a_process_of_its_own`, one with a cluster of its own."""
     parser = argparse.ArgumentParser(description=_drive.__doc__)
     for name in ("settings", "run_dir", "address", "progress"):
         parser.add_argument(name)
@@ -335,11 +375,16 @@ def _drive() -> None:
     options = parser.parse_args()
     settings, run_dir, progress = load_settings(options.settings), Path(options.run_dir), Path(options.progress)
     if options.address == "own":
-        if options.drain:
-            outcome = node_drained(settings, run_dir, options.after_step)
-        else:
-            outcome = node_lost(settings, run_dir, options.after_step, options.grow_after)
-        progress.write_text(json.dumps(asdict(outcome)))
+        with own_cluster() as (cluster, node):
+            outcomes = [lose_node(cluster, node, settings, run_dir, options.after_step, options.grow_after)]
+            if options.drain:
+                endless = settings.train.model_copy(
+                    update={"num_workers": 2, "steps": 10**6, "checkpoint_every": 10**6}
+                )
+                node = cluster.add_node(num_cpus=NODE_CPUS)
+                long = settings.model_copy(update={"train": endless})
+                outcomes.append(drain_node(cluster, node, long, run_dir / "drained", 2))
+        progress.write_text(json.dumps([asdict(outcome) for outcome in outcomes]))
         return
     import ray
 
@@ -355,8 +400,8 @@ def _replace_text(path: Path, text: str) -> None:
 
 def in_a_process_of_its_own(
     settings: Settings, run_dir: Path, after_step: int, *, grow_after: int | None = None, drain: bool = False
-) -> Outcome:
-    """`node_lost`, or with `drain` `node_drained`, beside a Ray cluster that this process is connected to."""
+) -> list[Outcome]:
+    """`lose_node` beside a Ray cluster that this process is connected to, and with `drain` then `drain_node`."""
     run_dir.mkdir(parents=True, exist_ok=True)
     recipe, out = run_dir / "settings.yaml", run_dir / "outcome.json"
     recipe.write_text(settings.to_yaml(), encoding="utf-8")
@@ -378,9 +423,12 @@ def in_a_process_of_its_own(
         )
     if not out.exists():
         raise RuntimeError(f"the drill ended without a result: {done.stderr[-3000:]}")
-    fields: dict[str, Any] = json.loads(out.read_text())
-    fields["curve"] = {int(step): loss for step, loss in fields["curve"].items()}
-    return Outcome(**fields | {"result": WorkerResult(**fields["result"])})
+    return [_outcome(fields) for fields in json.loads(out.read_text())]
+
+
+def _outcome(fields: dict[str, Any]) -> Outcome:
+    curve = {int(step): loss for step, loss in fields["curve"].items()}
+    return Outcome(**fields | {"curve": curve, "result": WorkerResult(**fields["result"])})
 
 
 if __name__ == "__main__":
