@@ -198,7 +198,9 @@ def _plots(evaluation: "Evaluation") -> list[Plot]:
         for figure in ("giou", "recall"):
             bars = tuple(
                 Bar(
-                    label, group.get("questions", group.get("targets", 0)), *(100 * v for v in group["figures"][figure])
+                    label.removeprefix("reasoning: "),
+                    group.get("questions", group.get("targets", 0)),
+                    *(100 * v for v in group["figures"][figure]),
                 )
                 for label, group in groups.items()
                 if figure in group["figures"]
