@@ -7,6 +7,7 @@ that: the next attempt, after a kill or an error, takes it as it is, unless its 
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from itertools import islice
@@ -218,9 +219,10 @@ def prepare_shards(
         ledger.total = plan.num_pictures
         ledger.merge(plan.ledger)
         maker = PartMaker(source, folder, flags, ledger.looked_at_one if watch_pictures else None)
-        tally, parts, found = Tally(), [], 0
+        tally, found = Tally(), 0
+        parts: list[PartInfo] = []
         for report in run(maker.make, plan.num_parts):
-            tally.merge(Tally(report.counts, report.licenses))
+            tally.merge(Tally(Counter(report.counts), Counter(report.licenses)))
             ledger.merge(report.ledger)
             if not watch_pictures:
                 ledger.looked_at(report.pictures)
