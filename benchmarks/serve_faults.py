@@ -270,6 +270,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="tiny", help="sizes of the network (default: tiny)")
     parser.add_argument("--quick", action="store_true", help="fewer answers between faults; below 5 minutes")
+    names = [fault.__name__ for fault in FAULTS] + ["scale_to_zero"]
+    parser.add_argument("--only", choices=names, help="one fault alone")
     options = parser.parse_args(arguments)
     started = time.perf_counter()
     torch.set_num_threads(1)
@@ -286,6 +288,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         with registered(folder, scratch) as tracking, local_ray(6):
             with deploy(SETTINGS, CHAMPION, port=free_port(), app_name=APP, tracking=tracking) as service:
                 for fault in FAULTS:
+                    if options.only not in (None, fault.__name__):
+                        continue
                     with Load(service.url, image, expected, in_flight) as load:
                         load.wait_for_answers(calm)
                         recover_s[fault.__name__] = round(fault(service, tracking, load), 1)
@@ -293,11 +297,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     failed[fault.__name__] = load.tally.failed
                     add(total, load.tally)
                     say(fault.__name__, load.tally, recover_s[fault.__name__])
-            tally = Tally()
-            recover_s["scale_to_zero"] = round(scale_to_zero(folder, tally, image, expected), 1)
-            failed["scale_to_zero"] = tally.failed
-            add(total, tally)
-            say("scale_to_zero", tally, recover_s["scale_to_zero"])
+            if options.only in (None, "scale_to_zero"):
+                tally = Tally()
+                recover_s["scale_to_zero"] = round(scale_to_zero(folder, tally, image, expected), 1)
+                failed["scale_to_zero"] = tally.failed
+                add(total, tally)
+                say("scale_to_zero", tally, recover_s["scale_to_zero"])
     result |= {"failed": failed, "sent": total.sent, "answered": total.answered, "refused": total.refused}
     result |= {"wrong_answers": total.wrong, "in_flight": in_flight, "recover_s": recover_s}
     result["seconds"] = round(time.perf_counter() - started, 1)
