@@ -88,7 +88,7 @@ def find_usable_rows(dataset: ShardedDataset, group: Group, limits: ComposeLimit
         starts.append(usable.starts[1:] + total)
         total += len(usable.lengths)
     vocabularies = [usable.vocabulary for usable in found]
-    vocabulary = tuple(sorted(set().union(*vocabularies))) if all(vocabularies) else ()
+    vocabulary = tuple(sorted(set[str]().union(*vocabularies))) if all(vocabularies) else ()
     return UsableRows(
         rows=np.concatenate([usable.rows + first for usable, first in zip(found, firsts[:-1], strict=True)]).astype(
             np.int32
