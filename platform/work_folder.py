@@ -87,7 +87,11 @@ def open_work_folder(uri: str | Path, *, commit_file: str) -> Iterator[WorkFolde
     with _locked(base_path, uri):
         folder = WorkFolder(str(target), str(base_path / "content"), str(base_path / "progress"), commit_file)
         _make_folders(folder)
-        yield folder
+        try:
+            yield folder
+        finally:
+            if base_path.exists() and not any((base_path / "content").iterdir()):
+                shutil.rmtree(base_path)  # nothing finished that the next attempt could use
 
 
 def _make_folders(folder: WorkFolder) -> None:

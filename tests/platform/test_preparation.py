@@ -158,6 +158,15 @@ def test_a_damaged_part_of_an_interrupted_attempt_is_made_again(tmp_path: Path) 
     open_shards(tmp_path / "set").verify()
 
 
+def test_an_attempt_that_finished_nothing_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+
+    with pytest.raises(DataError, match=r"no instances\.json"):
+        prepare("coco", tmp_path / "in", tmp_path / "out" / "set")
+
+    assert os.listdir(tmp_path / "out") == []
+
+
 def test_two_processes_do_not_prepare_one_place_at_a_time(tmp_path: Path) -> None:
     coco = some_pictures(tmp_path / "in", 3)
     errors: list[str] = []
