@@ -6,9 +6,22 @@ builds lists, dicts, tuples, sets, text, bytes, numbers, booleans, None) ends th
 
 import io
 import pickle
+import struct
 from typing import Any, NoReturn
 
 from pixellm.errors import DataError
+
+# What reading a file that is no whole pickle ends in.
+_DAMAGE = (
+    pickle.UnpicklingError,
+    struct.error,
+    ValueError,
+    TypeError,
+    AttributeError,
+    LookupError,
+    EOFError,
+    AssertionError,
+)
 
 
 def load_plain_pickle(content: bytes, name: str) -> Any:
@@ -25,13 +38,15 @@ def load_plain_pickle(content: bytes, name: str) -> Any:
         return _PlainUnpickler(io.BytesIO(content), name).load()
     except DataError:
         raise
-    except (pickle.UnpicklingError, ValueError, TypeError, KeyError, AttributeError, LookupError, EOFError) as error:
+    except _DAMAGE as error:
         raise DataError(f"{name} is no pickle of plain values ({error}); download it again") from None
     except (MemoryError, OverflowError, RecursionError):
         raise DataError(f"{name} asks for more memory than any such file needs; download it again") from None
 
 
-class _PlainUnpickler(pickle.Unpickler):
+# The one written in Python: the other sets aside as much memory as a damaged or hostile file names. 10,000 entries take
+# 0.6 s instead of 0.2.
+class _PlainUnpickler(pickle._Unpickler):
     def __init__(self, file: io.BytesIO, name: str) -> None:
         super().__init__(file, encoding="utf-8", errors="replace")
         self._name = name

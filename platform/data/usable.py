@@ -151,7 +151,9 @@ def _of_part(table: pa.Table, group: Group, limits: ComposeLimits) -> tuple[Usab
     rows, counts = np.unique(row, return_counts=True)
     nothing = np.zeros(len(rows), dtype=np.int32)
     ends = np.cumsum([0, *counts])
-    found = UsableRows(rows, nothing, nothing.astype(np.float32), ends, lengths, vocabulary, turns[usable])
+    found = UsableRows(
+        rows.astype(np.int32), nothing, nothing.astype(np.float32), ends, lengths, vocabulary, turns[usable]
+    )
     return found, table
 
 
@@ -179,7 +181,9 @@ def _composed(
     rows = np.flatnonzero(counts)
     means = (sums[rows] / counts[rows]).astype(np.float32)
     no_starts = np.zeros(len(rows) + 1, dtype=np.int64)
-    return UsableRows(rows, counts[rows].astype(np.int32), means, no_starts, np.zeros(0, np.float32), vocabulary)
+    return UsableRows(
+        rows.astype(np.int32), counts[rows].astype(np.int32), means, no_starts, np.zeros(0, np.float32), vocabulary
+    )
 
 
 def _usable_dialogues(

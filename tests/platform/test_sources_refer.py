@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import resource
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -208,11 +209,26 @@ def test_a_hostile_pickle_is_refused_and_nothing_of_it_runs(tmp_path: Path, prot
         (b"P1\n.", "refers to something outside itself"),
         (b"\x82\x01.", "is no pickle of plain values"),
         (b"(dS'a'\nb.", "is no pickle of plain values"),
+        (b"\x80\x02U\x01aU\x01bR.", "is no pickle of plain values"),
+        (b"\x80\x02U\x01a)\x81.", "is no pickle of plain values"),
+        (b"\x80\x02J\x01.", "is no pickle of plain values"),
     ],
 )
 def test_other_ways_into_a_pickle_are_closed_too(content: bytes, words: str) -> None:
     with pytest.raises(DataError, match=words):
         load_plain_pickle(content, "refs.p")
+
+
+def test_a_pickle_cannot_ask_for_memory_that_it_does_not_fill() -> None:
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + 2**30, limits[1]))
+    try:
+        assert load_plain_pickle(b"\x80\x02]r\xff\xff\xff\x7f.", "refs.p") == []
+        with pytest.raises(DataError, match=r"asks for more memory|is no pickle"):
+            load_plain_pickle(b"\x80\x05\x96\x00\x00\x00\x00\x10\x00\x00\x00.", "refs.p")
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
 
 
 def test_plain_values_of_every_protocol_and_of_python_2_are_read() -> None:
