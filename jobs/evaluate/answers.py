@@ -8,9 +8,10 @@ import torch
 from pixellm.jobs.evaluate.questions import Question
 from pixellm.jobs.evaluate.types import Answer
 from pixellm.model.engine import PixelLMEngine
-from pixellm.model.engine.types import GenerationOptions, SegmentRequest
+from pixellm.model.engine.types import GenerationOptions, SegmentRequest, TargetMask
 from pixellm.model.modeling import PixelLMForConditionalGeneration
 from pixellm.model.processing import PixelLMProcessor
+from pixellm.platform.masks import Rle
 
 
 class GeneratedAnswers:
@@ -29,6 +30,7 @@ class GeneratedAnswers:
                 tuple(target.phrase for target in result.targets),
                 tuple(target.mask for target in result.targets),
                 is_ordered=False,
+                rles=tuple(_packed(target) for target in result.targets),
             )
             for result in self._engine.segment_batch(requests)
         ]
@@ -73,6 +75,13 @@ class ForcedAnswers:
 
     def close(self) -> None:
         """Nothing to let go of."""
+
+
+def _packed(target: TargetMask) -> Rle:
+    size, counts = target.rle["size"], target.rle["counts"]
+    assert isinstance(size, list)
+    assert isinstance(counts, str)
+    return {"size": size, "counts": counts.encode()}
 
 
 def _with_numbers(answer: str) -> str:

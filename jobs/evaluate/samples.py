@@ -65,14 +65,14 @@ def sample_row(asked: Asked, answer: Answer, suite: Suite) -> dict[str, Any]:
     Returns:
         A record of `SAMPLE_SCHEMA`, not judged.
     """
-    truths, predictions = list(asked.masks), [rle_encode(mask) for mask in answer.masks]
+    masks = [rle_encode(mask) for mask in answer.masks] if answer.rles is None else list(answer.rles)
+    truths, predictions = list(asked.masks), masks
     kept = list(range(len(predictions)))
     if asked.ignore:
         truths, predictions, kept = _outside(asked, answer.masks)
     score = score_rles(truths, predictions, is_ordered=answer.is_ordered)
     merged = score_merged(truths, predictions)
     whole = merged.pairs[0] if len(merged.pairs) == 1 else None
-    masks = [rle_encode(mask) for mask in answer.masks] if asked.ignore else predictions
     return {
         "sample_id": asked.sample_id,
         "image_id": asked.image_id,

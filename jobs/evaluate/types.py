@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pixellm.jobs.evaluate.questions import Question
+from pixellm.platform.masks import Rle
 
 
 @dataclass(frozen=True)
@@ -19,12 +20,14 @@ class Answer:
         phrases: name of each target.
         masks: bool H×W at the picture's own size.
         is_ordered: mask k is meant for true target k.
+        rles: the same masks packed, where the model gives them so; None: they are packed when they are kept.
     """
 
     text: str
     phrases: tuple[str, ...]
     masks: tuple[npt.NDArray[np.bool_], ...]
     is_ordered: bool
+    rles: tuple[Rle, ...] | None = None
 
 
 class Answerer(Protocol):
