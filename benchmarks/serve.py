@@ -53,7 +53,7 @@ SETTINGS = ServeSettings(
     max_replicas=1,
     threads_per_replica=NUM_THREADS,
     max_ongoing_requests=16,
-    max_queued_requests=8,
+    max_queued_requests=16,  # a burst counts as queued until each of it has a replica
     target_ongoing_requests=16,
 )
 

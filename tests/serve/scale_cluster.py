@@ -36,7 +36,9 @@ class Standing:
 
 
 def states() -> dict[str, int]:
-    deployment = serve.status().applications["scale"].deployments[ENGINE_DEPLOYMENT]
+    deployment = serve.status().applications["scale"].deployments.get(ENGINE_DEPLOYMENT)
+    if deployment is None:  # the controller has not got to it yet
+        return {}
     return {str(getattr(state, "value", state)): count for state, count in deployment.replica_states.items() if count}
 
 
@@ -71,7 +73,7 @@ def homes(num_pictures: int) -> dict[str, list[str]]:
 
 def main() -> None:
     with tempfile.TemporaryDirectory(prefix="scale-") as folder:
-        head = {"num_cpus": 1, "num_gpus": 0, "include_dashboard": False, "temp_dir": folder}
+        head = {"num_cpus": 1, "num_gpus": 0, "include_dashboard": False, "dashboard_port": 0, "temp_dir": folder}
         cluster = Cluster(initialize_head=True, head_node_args=head)
         try:
             for _ in range(2):
