@@ -1,6 +1,7 @@
 """Every suite on answers whose figures are known by hand; resume, actors, and a killed actor."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -10,8 +11,12 @@ from evaluate_case import BOXES, KnownAnswers, box_mask, write_case
 from pixellm.errors import ConfigError, DataError
 from pixellm.jobs.evaluate.compare import compare
 from pixellm.jobs.evaluate.job import Evaluation, EvaluationOptions, evaluate_suite
+from pixellm.jobs.evaluate.samples import sample_row
 from pixellm.jobs.evaluate.suites import SUITES, find_suite, question_places, questions_of
+from pixellm.jobs.evaluate.summary import summarize
+from pixellm.jobs.evaluate.types import Answer
 from pixellm.platform.data.shards import open_shards
+from pixellm.platform.masks import rle_encode
 from pixellm.platform.settings import Settings
 
 QUICK = EvaluationOptions(with_report=False, batch_size=2)
@@ -156,6 +161,30 @@ def test_the_results_are_recorded_as_a_run(shards: str, tmp_path: Path) -> None:
     assert run.data.tags["pixellm.evaluate.suite"] == "muse"
     assert "mask-only" in run.data.tags["pixellm.evaluate.judge"]
     assert json.loads((tmp_path / "out" / "metrics.json").read_text())["judge_note"].startswith("mask-only")
+
+
+def test_a_question_about_nothing_is_right_only_without_a_mask(shards: str) -> None:
+    # gRefCOCO counts a rightly empty answer as IoU 1 without pixels, an invented mask as IoU 0 with its pixels
+    asked = next(iter(questions_of(open_shards(shards).read_row(0), 0, find_suite("grefcoco"), [0])))
+    nothing = replace(asked, kind="none", phrases=(), masks=())
+    quiet = sample_row(nothing, Answer("Nothing.", (), (), is_ordered=False), find_suite("grefcoco"))
+    invented = Answer("There [1].", ("x",), (box_mask(0, 0),), is_ordered=False)
+    loud = sample_row(nothing, invented, find_suite("grefcoco"))
+    whole = Answer("Both [1].", ("x",), (box_mask(0, 0) | box_mask(0, 50),), is_ordered=False)
+    figures = summarize([quiet, loud, sample_row(asked, whole, find_suite("grefcoco"))], "merged").figures()
+    assert figures["no_target_accuracy"].value == 0.5
+    assert figures["giou"].value == pytest.approx((1 + 0 + 1) / 3)
+    assert figures["ciou"].value == pytest.approx(1600 / (800 + 1600))
+
+
+def test_a_crowd_counts_neither_for_nor_against_and_predictions_keep_their_numbers(shards: str) -> None:
+    asked = next(iter(questions_of(open_shards(shards).read_row(0), 0, find_suite("muse"), [0])))
+    crowded = replace(asked, ignore=(rle_encode(box_mask(30, 50)),))
+    masks = (box_mask(30, 50), box_mask(0, 50) | box_mask(30, 50, 5, 5), box_mask(0, 0))
+    sample = sample_row(crowded, Answer("a", ("",) * 3, masks, is_ordered=False), find_suite("muse"))
+    assert sample["ious"] == [1.0, 1.0]
+    assert sample["pair_prediction"] == [2, 1]
+    assert (sample["targets_returned"], len(sample["masks"])) == (2, 3)
 
 
 def test_the_case_is_what_the_hand_values_assume() -> None:
