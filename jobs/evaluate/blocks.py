@@ -156,13 +156,14 @@ def answer_in_actors(
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # it announces every dataset on the terminal
     for first in range(0, len(blocks), _BLOCKS_PER_DATASET):
         part = blocks[first : first + _BLOCKS_PER_DATASET]
+        most = min(actors, len(part))
         packed = [pa.table({"block": pa.array([pickle.dumps(block)], pa.binary())}) for block in part]
         dataset = ray.data.from_arrow(packed).map_batches(
             _AnswerActor,
             fn_constructor_args=(plan, open_answerer),
             batch_size=1,
             batch_format="pyarrow",
-            compute=ray.data.ActorPoolStrategy(min_size=1, max_size=min(actors, len(part))),
+            compute=ray.data.ActorPoolStrategy(min_size=1, max_size=most, initial_size=most),
             num_cpus=num_cpus,
             num_gpus=num_gpus or None,
         )
