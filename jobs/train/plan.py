@@ -9,7 +9,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -139,20 +139,21 @@ def plan_training(settings: Settings) -> TrainPlan:
     Raises:
         ConfigError: settings contradict each other, or the plan does not fit the device; the knob is named.
     """
-    plan = _reckon(settings)
+    counted = _Counted.of(settings)
+    plan = _reckon(settings, counted)
     if plan.fits:
         return plan
-    knobs = list(_knobs(settings.train))
-    for number, (knob, _) in enumerate(knobs):
-        changes = {key: value for _, change in knobs[: number + 1] for key, value in change.items()}
-        other = _reckon(settings.model_copy(update={"train": settings.train.model_copy(update=changes)}))
+    knobs = _knobs(settings.train)
+    alone = [knobs[number : number + 1] for number in range(len(knobs))]
+    together = [knobs[: number + 1] for number in range(1, len(knobs))]
+    mend = "no knob of the recipe is enough: more workers (train.num_workers at ZeRO 3), a larger device, or a smaller "
+    mend += "model.preset"
+    for chosen in [*alone, *together]:
+        changes = {key: value for _, change in chosen for key, value in change.items()}
+        other = _reckon(settings.model_copy(update={"train": settings.train.model_copy(update=changes)}), counted)
         if other.fits:
-            together = " ".join(name for name, _ in knobs[: number + 1]) if number else knob
-            mend = f"{together} brings it to {other.memory.total / GB:.1f} GB"
+            mend = f"{' '.join(knob for knob, _ in chosen)} brings it to {other.memory.total / GB:.1f} GB"
             break
-    else:
-        mend = "no knob of the recipe is enough: more workers (train.num_workers at ZeRO 3), a larger device, or a "
-        mend += "smaller model.preset"
     memory = plan.memory
     raise ConfigError(
         f"the plan does not fit: {memory.total / GB:.1f} GB (weights {memory.weights / GB:.1f}, gradients "
@@ -277,16 +278,27 @@ def speed_of_light(settings: Settings, resources: Mapping[str, float]) -> tuple[
     return 1e12 * sum(train_tflops(settings, config).values()) / positions, 1e12 * peak
 
 
-def _reckon(settings: Settings) -> TrainPlan:
+class _Counted(NamedTuple):
+    """What no knob of the memory changes: sizes, parameters and operations by part."""
+
+    config: "PixelLMConfig"
+    parts: dict[str, tuple[int, int]]
+    flops: dict[str, float]
+
+    @classmethod
+    def of(cls, settings: Settings) -> "_Counted":
+        config = _config(settings)
+        return cls(config, count_parameters(settings, config), train_tflops(settings, config))
+
+
+def _reckon(settings: Settings, counted: _Counted) -> TrainPlan:
     train, plan = settings.train, settings.plan
-    config = _config(settings)
-    parts = count_parameters(settings, config)
+    config, parts, flops = counted
     num_trained = sum(trained for trained, _ in parts.values())
     num_all = num_trained + sum(frozen for _, frozen in parts.values())
     kept = activation_bytes(train, config, plan.targets)
     stages = tuple(memory_at(stage, train, num_trained, num_all, sum(kept.values())) for stage in range(4))
     device, device_gb, peak = _device(settings)
-    flops = train_tflops(settings, config)
     samples = train.steps * train.global_batch_size
     positions = config.num_image_tokens + plan.text_tokens
     recomputed = 1 + (flops["language"] / (3 if train.train_language else 2)) / sum(flops.values())
@@ -351,7 +363,7 @@ def _device(settings: Settings) -> tuple[str, float, float | None]:
 
 
 def _knobs(train: TrainSettings) -> list[tuple[str, dict[str, Any]]]:
-    """What makes a run smaller without changing what it learns, the cheapest first; each on top of the former."""
+    """What makes a run smaller without changing what it learns, the cheapest first."""
     knobs: list[tuple[str, dict[str, Any]]] = []
     if not train.gradient_checkpointing:
         knobs.append(("--train.gradient_checkpointing=true", {"gradient_checkpointing": True}))

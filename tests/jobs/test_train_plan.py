@@ -41,8 +41,10 @@ def test_the_7b_plan_on_eight_gpus_agrees_with_arithmetic_on_paper() -> None:
 def test_a_plan_that_cannot_fit_names_the_knob_that_mends_it() -> None:
     with pytest.raises(ConfigError, match=r"does not fit: .* GB.*--train\.gradient_checkpointing=true brings it to"):
         plan_training(load_settings("pixellm-7b", ["--train.gradient_checkpointing=false", "--plan.device_gb=24"]))
-    with pytest.raises(ConfigError, match=r"--train\.micro_batch_size=1.* --train\.zero_stage=3 brings it to"):
+    with pytest.raises(ConfigError, match=r"at ZeRO 2; --train\.zero_stage=3 brings it to"):
         plan_training(load_settings("pixellm-13b", ["--plan.device_gb=24"]))
+    with pytest.raises(ConfigError, match=r"--train\.gradient_checkpointing=true .*zero_stage=3 brings it to"):
+        plan_training(load_settings("pixellm-13b", ["--train.gradient_checkpointing=false", "--plan.device_gb=16"]))
     with pytest.raises(ConfigError, match="no knob of the recipe is enough: more workers"):
         plan_training(load_settings("pixellm-7b", ["--plan.device_gb=2"]))
 
