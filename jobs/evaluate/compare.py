@@ -49,7 +49,7 @@ class Comparison:
         questions: answered in both.
         only_first: answered in A only; left out.
         only_second: answered in B only; left out.
-        differences: by figure.
+        differences: by figure; judged ones only where one and the same judge was asked.
         changed: (sample, gIoU in A, gIoU in B), the largest change first.
         page: the HTML page with their pictures, if it was written.
     """
@@ -100,6 +100,7 @@ def compare(
         if values[0] != values[1]:
             raise ConfigError(f"{first} and {second} differ in {name} ({values[0]}, {values[1]}); nothing to compare")
     merged = about[0]["scoring"] == "merged"
+    judges = [side["judge"] and (side["judge"]["model"], side["judge"]["revision"]) for side in about]
     only = [0, 0]
     pictures: list[str] = []
     columns = _columns(merged)
@@ -121,7 +122,11 @@ def compare(
         len(rows),
         only[0],
         only[1],
-        tuple(_differences(np.asarray(rows), np.asarray(pictures), merged, seed)),
+        tuple(
+            difference
+            for difference in _differences(np.asarray(rows), np.asarray(pictures), merged, seed)
+            if judges[0] == judges[1] or not difference.name.startswith("judged_")
+        ),
         tuple((a["sample_id"], a["giou"], b["giou"]) for _, _, a, b in changed),
         None if page is None else str(page),
     )

@@ -118,7 +118,12 @@ class Evaluation:
         samples = self.judge["samples"]
         failed = sum(samples.get(name, 0) for name in ("refused", "malformed", "no answer", "out of budget"))
         left_out = f"; {failed} of {self.questions} questions without a verdict are left out of them" if failed else ""
-        return f"judged figures by {self.judge['model']}{left_out}"
+        agreement = self.judge["agreement"]
+        repeated = ""
+        if agreement is not None and agreement["share_equal"] is not None:
+            share = 100 * agreement["share_equal"]
+            repeated = f"; the median of {agreement['repeats']} verdicts, which are equal on {share:.0f} % of the masks"
+        return f"judged figures by {self.judge['model']}{repeated}{left_out}"
 
     def to_json_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -267,7 +272,8 @@ async def _gather(
     """Blocks in order → judged → `samples.parquet`, summed up on the way."""
     summary = Summary(scoring, seed=options.seed)
     judge = None if options.judge is None else Judge(options.judge)
-    with storage.atomic_write_file(folder / SAMPLES_FILE) as path, pq.ParquetWriter(path, SAMPLE_SCHEMA) as writer:
+    schema = SAMPLE_SCHEMA.with_metadata({"judge": options.judge.model if options.judge else "none: mask-only"})
+    with storage.atomic_write_file(folder / SAMPLES_FILE) as path, pq.ParquetWriter(path, schema) as writer:
         async with judge or nullcontext():
             async for samples in _batches(blocks, folder):
                 if judge is not None:

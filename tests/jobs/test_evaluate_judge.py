@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from evaluate_case import KnownAnswers, write_case
 
 from pixellm.errors import JudgeError, LanguageModelError
+from pixellm.jobs.evaluate.compare import compare
 from pixellm.jobs.evaluate.job import EvaluationOptions, evaluate_suite, read_samples
 from pixellm.jobs.evaluate.judge import Judge, JudgeSettings, MalformedError, Verdict, read_scores
 from pixellm.jobs.evaluate.samples import sample_row, text_for_judge
@@ -247,6 +249,12 @@ def test_a_repeated_evaluation_costs_nothing_and_offline_fails_on_a_miss(tmp_pat
         with pytest.raises(JudgeError, match="run once without --judge-offline"):
             evaluate_suite("k", shards, tmp_path / "d", "muse", other, open_answerer=KnownAnswers())
         assert len(server.requests) == count
+    masks_only = EvaluationOptions(with_report=False)
+    evaluate_suite("k", shards, tmp_path / "e", "muse", masks_only, open_answerer=KnownAnswers())
+    judges = [pq.read_schema(tmp_path / name / "samples.parquet").metadata[b"judge"] for name in "ae"]
+    assert judges == [b"judge-1", b"none: mask-only"]
+    compared = [[d.name for d in compare(tmp_path / "a", tmp_path / other).differences] for other in "be"]
+    assert ["judged_giou" in names for names in compared] == [True, False]
     words = next(read_samples(tmp_path / "a"))
     assert words["judge_words"] == ["fits", "fits"]
     assert words["judge_status"] == "judged"
