@@ -191,9 +191,9 @@ def _noun_phrase(words: list[str]) -> str:
     while starts:
         between = lowered[starts[-1] + 1 : start]
         attached = _ATTACHING.fullmatch(between[-1]) or _ATTACHING.fullmatch(" ".join(between[-2:]))
-        attached = attached and not (between[-1] == "with" and "with" in lowered[start:])  # the second one is a tool
-        too_long = len(words) - starts[-1] > _MAX_PHRASE_WORDS
-        if too_long or not attached or any(map(_AUXILIARY.fullmatch, between)):
+        is_tool = between[-1] == "with" and "with" in lowered[start:]  # cut the cake with a knife with a black handle
+        is_too_long = len(words) - starts[-1] > _MAX_PHRASE_WORDS
+        if not attached or is_tool or is_too_long or any(map(_AUXILIARY.fullmatch, between)):
             break
         start = starts.pop()
     return " ".join(words[start:])

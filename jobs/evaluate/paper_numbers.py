@@ -1,5 +1,6 @@
 """What the paper reports (Tables 1 to 3), to stand beside a run's own figures; percent, as printed there."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 
@@ -58,7 +59,7 @@ def _single(name: str, splits: tuple[str, ...], first: int) -> PaperTable:
     return _part(f"Table 3: {name} (the paper does not say which IoU)", splits, rows, first)
 
 
-def _part(title: str, splits: tuple[str, ...], rows: dict[str, tuple[float | None, ...]], first: int) -> PaperTable:
+def _part(title: str, splits: tuple[str, ...], rows: Mapping[str, tuple[float | None, ...]], first: int) -> PaperTable:
     last = first + len(splits)
     return PaperTable(title, splits, tuple((method, values[first:last]) for method, values in rows.items()))
 

@@ -19,7 +19,7 @@ from pixellm.jobs.evaluate.answers import ForcedAnswers, GeneratedAnswers
 from pixellm.jobs.evaluate.metrics import QuestionScore, SegmentationMeter, score_question
 from pixellm.jobs.evaluate.questions import Question, check_suite, iterate_questions
 from pixellm.jobs.evaluate.types import Answer, Answerer
-from pixellm.platform.data.compose import ComposeLimits
+from pixellm.platform.data.compose import ComposeLimits, Group
 from pixellm.platform.overlay import draw_overlay
 from pixellm.platform.settings import Settings
 
@@ -99,7 +99,7 @@ def evaluate_after_training(
         if source.group != "vqa"
     ]
     own = [(chosen.uri, chosen.suite, data.max_targets)] if chosen.uri is not None else []
-    places = own or list(dict.fromkeys(sources))
+    places: list[tuple[str, Group, int]] = [*own] or list(dict.fromkeys(sources))
     if not places:
         raise ConfigError(
             "no training source has questions with masks; set evaluate.uri, or registry.register_final=false"
