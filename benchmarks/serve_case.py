@@ -76,9 +76,10 @@ def free_port() -> int:
 
 @contextmanager
 def local_ray(num_cpus: int) -> Iterator[None]:
-    """A Ray cluster of this process alone, in a folder of its own."""
+    """A Ray cluster of this process alone, in a folder of its own; its workers as urgent as this process."""
     import ray
 
+    os.environ.setdefault("RAY_worker_niceness", "0")
     with tempfile.TemporaryDirectory(prefix="ray-", dir=tempfile.gettempdir()) as folder:
         ray.init(num_cpus=num_cpus, _temp_dir=folder, include_dashboard=False, log_to_driver=False)
         try:

@@ -3,6 +3,7 @@
 The driver looks the reference up once and pins it; replicas load exactly that version.
 """
 
+import os
 import signal
 import threading
 import time
@@ -290,6 +291,7 @@ def serve_forever(
         pin(track.reference, settings.tracking)
     if (settings.cluster.address or from_environment().get("RAY_ADDRESS") or "local") == "local":
         check_port_is_free(host or settings.serve.host, port or settings.serve.port)
+    os.environ.setdefault("RAY_worker_niceness", "0")  # a local cluster's workers start at nice 15: answers would wait
     cluster = connect(settings.cluster)
     try:
         service = deploy(
