@@ -416,7 +416,7 @@ def in_a_process_of_its_own(
             command,
             cwd=Path(__file__).resolve().parent.parent,
             env=environment,
-            timeout=DEADLINE_S,
+            timeout=2 * DEADLINE_S,
             capture_output=True,
             text=True,
             check=False,
