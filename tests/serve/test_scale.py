@@ -14,7 +14,7 @@ def test_engines_take_one_gpu_each_wait_for_one_and_come_when_a_node_joins() -> 
         [sys.executable, str(program)], env=environment, capture_output=True, text=True, timeout=240, check=False
     )
     assert run.returncode == 0, run.stderr[-2000:]
-    seen = json.loads(run.stdout.splitlines()[-1])
+    seen = json.loads(next(line for line in run.stdout.splitlines() if line.startswith('{"two"')))  # Ray prints, too
     assert seen["waiting"] == {"RUNNING": 2, "STARTING": 1}
     assert seen["grown"] == {"RUNNING": 3}
     for step, count in (("two", 2), ("three", 3)):
