@@ -46,7 +46,8 @@ def test_two_workers_train_register_and_go_on_as_one_process_would(
     alone = micro_settings(demo_shards, tmp_path, grad_accumulation=2)
     run_worker(worker_spec(alone, tmp_path / "alone"), line)  # type: ignore[arg-type]
     expected = {record.step: record.loss for record in line.steps}
-    assert _curve(settings, result.run_id) == pytest.approx(expected, abs=1e-5)
+    # A fixed group clips by DeepSpeed's norm, rounded on each rank; an elastic one is exact (test_train_faults).
+    assert _curve(settings, result.run_id) == pytest.approx(expected, rel=1e-5)
 
     run_dir = tmp_path / "runs" / "micro"
     meta = json.loads((run_dir / "checkpoints" / "step-000006" / "meta.json").read_text())
