@@ -11,16 +11,19 @@ SETUP := $(VENV)/.setup-done
 SETUP_DEV := $(VENV)/.setup-dev-done
 SOURCES := model platform jobs serve pixellm
 
-.PHONY: demo test check format lint types setup setup-dev browser wheel clean
+.PHONY: demo test drills check format lint types setup setup-dev browser wheel clean
 
 demo: $(SETUP)
 	$(BIN)/pixellm demo $(ARGS)
 
 test: $(SETUP_DEV) browser
 	$(BIN)/python -m coverage erase
-	$(BIN)/python -m coverage run -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder $(ARGS)
+	$(BIN)/python -m coverage run -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder -m "not drill" $(ARGS)
 	$(BIN)/python -m coverage combine --quiet
 	$(BIN)/python -m coverage report --fail-under=85 --skip-covered
+
+drills: $(SETUP_DEV)
+	$(BIN)/python -m pytest -m drill $(ARGS)
 
 check: $(SETUP_DEV) lint types test
 

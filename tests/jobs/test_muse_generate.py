@@ -141,7 +141,7 @@ def test_the_budget_is_never_passed_and_a_larger_one_goes_on_from_there(
         assert server.repeated == 0
         assert sum(server.answered.values()) > bought
         assert whole.cost["spent_usd"] is not None
-        assert whole.cost["spent_usd"] - spent == pytest.approx(estimate, rel=0.5)
+        assert 0.5 < (whole.cost["spent_usd"] - spent) / estimate < 2.0
 
 
 def test_a_caption_that_gives_orders_travels_as_material_and_what_obeys_it_is_dropped(

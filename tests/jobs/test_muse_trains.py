@@ -10,7 +10,7 @@ sys.path.append(str(REPOSITORY))
 
 from benchmarks.muse_checker import adds_up, fingerprint  # noqa: E402
 from benchmarks.muse_server import MuseServer  # noqa: E402
-from pixellm.jobs.evaluate.run import evaluate  # noqa: E402
+from pixellm.jobs.evaluate.job import EvaluationOptions, evaluate_suite  # noqa: E402
 from pixellm.jobs.muse.asker import AskPlan  # noqa: E402
 from pixellm.jobs.muse.asking import AskOptions  # noqa: E402
 from pixellm.jobs.muse.run import generate  # noqa: E402
@@ -43,6 +43,7 @@ def test_actors_make_the_questions_that_one_process_makes_and_a_model_is_trained
     result = train(settings.model_copy(update={"data": wider}), progress=False)
     assert result.steps == 2
     assert result.model_dir is not None
-    outcome = evaluate(result.model_dir, str(tmp_path / "muse" / "val"), tmp_path / "evaluation", suite="muse", limit=3)
-    assert outcome.metrics["num_questions"] == 3
+    options = EvaluationOptions(limit=3)
+    outcome = evaluate_suite(result.model_dir, str(tmp_path / "muse" / "val"), tmp_path / "evaluation", "muse", options)
+    assert (outcome.questions, outcome.run_id) == (3, None)
     assert 0.0 <= outcome.metrics["giou"] <= 1.0

@@ -23,6 +23,7 @@ def undisturbed(
     return curves
 
 
+@pytest.mark.drill
 def test_a_killed_driver_is_followed_by_one_that_goes_on_and_a_killed_worker_costs_at_most_one_interval(
     ray_cluster: str, demo_shards: dict[str, str], tmp_path: Path, undisturbed: dict[int, dict[int, float]]
 ) -> None:
@@ -41,6 +42,7 @@ def test_a_killed_driver_is_followed_by_one_that_goes_on_and_a_killed_worker_cos
     assert outcome.curve == pytest.approx({step: undisturbed[0][step] for step in outcome.curve}, abs=1e-5)
 
 
+@pytest.mark.drill
 def test_a_lost_node_leaves_a_smaller_group_and_a_notice_in_time_leaves_a_checkpoint(
     demo_shards: dict[str, str], tmp_path: Path, undisturbed: dict[int, dict[int, float]]
 ) -> None:

@@ -6,7 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 
+
+@pytest.mark.drill
 def test_engines_take_one_gpu_each_wait_for_one_and_come_when_a_node_joins() -> None:
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     program = Path(__file__).with_name("scale_cluster.py")
