@@ -99,6 +99,7 @@ def test_a_stopped_evaluation_goes_on_and_asks_no_block_twice(shards: str, tmp_p
         _run(shards, tmp_path / "out", "shapes", 0.5)
 
 
+@pytest.mark.drill
 def test_a_killed_actor_changes_nothing_and_no_sample_comes_twice(
     ray_cluster: str, shards: str, tmp_path: Path
 ) -> None:

@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+import pytest
 from micro_run import micro_settings
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -21,6 +22,7 @@ from pixellm.platform.data.sources.shapes import ShapesSource  # noqa: E402
 from pixellm.platform.llm_service import ServiceSettings  # noqa: E402
 
 
+@pytest.mark.drill
 def test_actors_make_the_questions_that_one_process_makes_and_a_model_is_trained_and_evaluated_on_them(
     tmp_path: Path, ray_cluster: str
 ) -> None:

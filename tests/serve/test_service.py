@@ -313,6 +313,7 @@ def test_questions_in_flight_on_a_killed_replica_are_answered_all_the_same(
     assert pid not in replica_pids()
 
 
+@pytest.mark.drill
 def test_the_champion_moves_without_a_failed_question_and_a_bad_version_never_serves(
     service: ServiceHandle, client: PixelLMClient, registry: TrackingSettings, photo_path: Path
 ) -> None:
