@@ -19,7 +19,7 @@ from pixellm.platform.data.sources.coco_format import with_position_phrases
 from pixellm.platform.masks import mask_box, rle_encode
 
 _LICENSE = "PASCAL VOC 2010 (Flickr terms) http://host.robots.ox.ac.uk/pascal/VOC/voc2010/"
-_MAT_ERRORS = (OSError, ValueError, TypeError, LookupError, AttributeError, NotImplementedError, EOFError, MatReadError)
+_MAT_ERRORS = (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, EOFError, MatReadError)
 _CLASSES = {
     "aeroplane": "airplane",
     "motorbike": "motorcycle",
