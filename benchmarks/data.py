@@ -15,7 +15,6 @@ import hashlib
 import json
 import math
 import os
-import platform
 import shutil
 import signal
 import statistics
@@ -31,7 +30,7 @@ import numpy as np
 import torch
 
 from benchmarks.data_baseline import ReleasedLoader
-from benchmarks.engine import commit
+from benchmarks.harness import describe, report
 from pixellm.jobs.prepare import DEMO_DATA, prepare
 from pixellm.jobs.train.encode import SampleEncoder
 from pixellm.model.processing import PixelLMProcessor, TrainingExample
@@ -342,8 +341,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     started = time.perf_counter()
     processor = PixelLMProcessor.for_preset("small")
     processor.image_size, processor.num_image_tokens = 448, 256
-    result: dict[str, Any] = {"benchmark": "data", "quick": options.quick}
-    result |= {"device": f"cpu ({platform.machine()})", "num_cpus": os.cpu_count(), "commit": commit()}
+    result = describe("data", quick=options.quick)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         corpus = Corpus(folder, 10 if options.quick else 20)
@@ -363,7 +361,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 cluster.disconnect()
         result |= measure_mix(corpus, 20_000, 5 if options.quick else 20)
     result["seconds"] = round(time.perf_counter() - started, 1)
-    print(json.dumps({key: round(value, 4) if isinstance(value, float) else value for key, value in result.items()}))
+    report(result)
 
 
 if __name__ == "__main__":

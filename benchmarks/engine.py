@@ -11,13 +11,10 @@ object; a ratio above 1 means that the engine, or the smaller number, is better.
 import argparse
 import copy
 import functools
-import json
 import math
 import os
-import platform
 import random
 import statistics
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -36,6 +33,7 @@ from benchmarks.engine_baselines import (
     seconds_per_group,
     write_answers,
 )
+from benchmarks.harness import alternate, describe, report, seconds_of
 from pixellm.model.config import PixelLMConfig
 from pixellm.model.engine import EngineOptions, GenerationOptions, PixelLMEngine, SchedulerLimits
 from pixellm.model.engine.mask_worker import MaskJob, decode_in_batches
@@ -58,24 +56,6 @@ def build_case(preset: str) -> Case:
     side = model.config.image_size
     pixels = np.random.default_rng(0).integers(0, 255, (side, side, 3), dtype=np.uint8)
     return Case(model, PixelLMProcessor.for_preset(preset), PreparedImage(pixels, (side, side), (480, 480)))
-
-
-def alternate(sides: dict[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
-    """Runs each side once to warm up, then all sides in turn; returns every side's seconds."""
-    for run in sides.values():
-        run()
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
-    for _ in range(repeats):
-        for name, run in sides.items():
-            seconds[name].append(run())
-    return seconds
-
-
-def seconds_of(run: Callable[[], Any]) -> float:
-    """Seconds of one call."""
-    started = time.perf_counter()
-    run()
-    return time.perf_counter() - started
 
 
 def compare_answers(case: Case, answer: str, repeats: int) -> dict[str, float]:
@@ -290,8 +270,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     case = build_case(options.preset)
     print(f"preset {options.preset}: {sum(p.numel() for p in case.model.parameters()) / 1e6:.1f} M weights, fp32, "
           f"{torch.get_num_threads()} threads")  # fmt: skip
-    result: dict[str, Any] = {"benchmark": "engine", "preset": options.preset, "quick": options.quick}
-    result |= {"device": f"cpu ({platform.machine()})", "num_cpus": os.cpu_count(), "commit": commit()}
+    result = describe("engine", preset=options.preset, quick=options.quick)
     result |= compare_answers(case, QUICK_ANSWER if options.quick else ANSWER, repeats)
     result |= compare_batching(case, *((24, 128) if options.quick else (48, 128)), repeats)
     result |= measure_growth(case, 2 if options.quick else repeats)
@@ -299,13 +278,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     result |= measure_masks(case, repeats)
     result |= compare_numbers(case, repeats)
     result["seconds"] = round(time.perf_counter() - started, 1)
-    print(json.dumps({key: round(value, 4) if isinstance(value, float) else value for key, value in result.items()}))
-
-
-def commit() -> str:
-    """The commit that is checked out, or an empty string outside git."""
-    run = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    return run.stdout.strip()
+    report(result)
 
 
 if __name__ == "__main__":

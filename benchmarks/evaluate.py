@@ -10,9 +10,7 @@ once. The last line is one JSON object; a ratio above 1 means that ours is bette
 
 import argparse
 import functools
-import json
 import os
-import platform
 import signal
 import statistics
 import tempfile
@@ -26,7 +24,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 
-from benchmarks.engine import alternate, commit, seconds_of
+from benchmarks.harness import alternate, describe, report, seconds_of
 from pixellm.jobs.evaluate.answers import GeneratedAnswers
 from pixellm.jobs.evaluate.blocks import AnswerPlan, open_model, question_about
 from pixellm.jobs.evaluate.job import Evaluation, EvaluationOptions, evaluate_suite
@@ -186,8 +184,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="fewer questions; below 5 minutes on 2 cores")
     options = parser.parse_args(arguments)
     started = time.perf_counter()
-    result: dict[str, Any] = {"benchmark": "evaluate", "preset": options.preset, "quick": options.quick}
-    result |= {"device": f"cpu ({platform.machine()})", "num_cpus": os.cpu_count(), "commit": commit()}
+    result = describe("evaluate", preset=options.preset, quick=options.quick)
     count = 24 if options.quick else 96
     with tempfile.TemporaryDirectory(prefix="pixellm-evaluate-") as scratch:
         folder = Path(scratch)
@@ -202,7 +199,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         finally:
             cluster.disconnect()
     result["seconds"] = round(time.perf_counter() - started, 1)
-    print(json.dumps({key: round(value, 4) if isinstance(value, float) else value for key, value in result.items()}))
+    report(result)
 
 
 if __name__ == "__main__":

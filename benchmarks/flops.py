@@ -6,10 +6,8 @@ The last line is one JSON object; `ratio_7b` and `ratio_13b` are PixelLM / LISA 
 """
 
 import argparse
-import json
-import os
-import subprocess
 
+from benchmarks.harness import describe, report
 from pixellm.model.flops import DISTANCE, TEXT_TOKENS, compare_flops, convention
 
 
@@ -20,25 +18,23 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="the same: nothing is run, only counted")
     parser.add_argument("--preset", help="accepted and unused: both sizes are counted")
     arguments = parser.parse_args()
-    result: dict[str, object] = {"benchmark": "flops", "device": "meta", "num_cpus": os.cpu_count(), "tflops": {}}
+    result = describe("flops", device="meta")
     tflops: dict[str, dict[str, float]] = {}
     for size in ("7b", "13b"):
         comparison = compare_flops(f"pixellm-{size}", f"lisa-{size}", text_tokens=arguments.text_tokens)
-        for report in (comparison.ours, comparison.theirs):
-            tflops[report.name] = {part: round(value, 4) for part, value in report.tflops.items()}
-            parts = ", ".join(f"{part} {value:.3f}" for part, value in report.tflops.items())
-            print(f"{report.name}: {report.total_tflops:.2f} TFLOPs ({parts})")
+        for counted in (comparison.ours, comparison.theirs):
+            tflops[counted.name] = {part: round(value, 4) for part, value in counted.tflops.items()}
+            parts = ", ".join(f"{part} {value:.3f}" for part, value in counted.tflops.items())
+            print(f"{counted.name}: {counted.total_tflops:.2f} TFLOPs ({parts})")
         print(f"ratio at {size}: {comparison.ratio:.3f} (paper {comparison.paper_ratio:.3f})")
         result[f"ratio_{size}"] = round(comparison.ratio, 4)
     print(DISTANCE)
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     result |= {
-        "commit": commit,
         "tflops": tflops,
         "convention": convention(arguments.text_tokens),
         "distance": DISTANCE,
     }
-    print(json.dumps(result))
+    report(result)
 
 
 if __name__ == "__main__":

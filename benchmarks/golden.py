@@ -7,10 +7,7 @@ the file's arrays; 1.0 where ids or areas that must be equal are not. The README
 """
 
 import argparse
-import json
-import os
 import re
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +18,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from benchmarks.golden_e2e import compare_e2e, e2e_members
+from benchmarks.harness import describe, report
 from pixellm.model.codebook import MeanFusion, TokenFusion
 from pixellm.model.decoder import FeatureNeck, PixelDecoder
 from pixellm.model.images import logits_at_original_size
@@ -187,16 +185,7 @@ def main() -> None:
         errors[name] = max_relative_error(pairs)
         worst = max(pairs, key=lambda key: _relative_error(key, *pairs[key]))
         print(f"{name}: {len(pairs)} arrays, largest relative error {errors[name]:.2e} ({worst})")
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    result = {
-        "benchmark": "golden",
-        "device": "cpu",
-        "num_cpus": os.cpu_count(),
-        "commit": commit,
-        "max_relative_error": errors,
-        "files": len(errors),
-    }
-    print(json.dumps(result))
+    report(describe("golden", device="cpu", max_relative_error=errors, files=len(errors)), digits=None)
 
 
 def _relative_error(name: str, ours: np.ndarray, golden: np.ndarray) -> float:

@@ -12,7 +12,6 @@ JSON object.
 import argparse
 import json
 import os
-import platform
 import random
 import statistics
 import subprocess
@@ -25,6 +24,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from benchmarks.harness import describe, report
 from benchmarks.muse_checker import adds_up, fingerprint, invalid_pairs
 from pixellm.jobs.muse.asker import AskPlan
 from pixellm.jobs.muse.asking import AskOptions
@@ -173,8 +173,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--data", type=Path, default=DEMO_DATA, help="a COCO folder: images/ and instances.json")
     options = parser.parse_args(arguments)
     started = time.perf_counter()
-    result: dict[str, Any] = {"benchmark": "muse", "quick": options.quick}
-    result |= {"device": f"cpu ({platform.machine()})", "num_cpus": os.cpu_count(), "commit": commit()}
+    result = describe("muse", quick=options.quick)
     requests = 1600 if options.quick else 4800
     with tempfile.TemporaryDirectory(prefix="pixellm-muse-") as scratch:
         folder = Path(scratch)
@@ -193,13 +192,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 disconnect()
     result |= {"throughput_share": there["share"], "throughput_share_one_process": here["share"]}
     result |= {"rss_growth": here["rss_growth"], "seconds": round(time.perf_counter() - started, 1)}
-    print(json.dumps({key: round(value, 4) if isinstance(value, float) else value for key, value in result.items()}))
-
-
-def commit() -> str:
-    """The commit that is checked out, or an empty string outside git."""
-    run = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    return run.stdout.strip()
+    report(result)
 
 
 if __name__ == "__main__":

@@ -8,9 +8,7 @@ worker, the driver, a disk and a store fail. Seconds to recover count from the l
 """
 
 import argparse
-import json
 import os
-import platform
 import random
 import tempfile
 import time
@@ -21,7 +19,7 @@ from typing import Any
 import torch
 
 from benchmarks import resume_drills as drills
-from benchmarks.train import commit
+from benchmarks.harness import describe, report
 from pixellm.jobs.train.deepspeed_engine import single_process_group
 from pixellm.platform import cluster
 from pixellm.platform.settings import Settings, load_settings
@@ -124,12 +122,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="chooses the steps at which the run is stopped")
     options = parser.parse_args(arguments)
     started = time.perf_counter()
-    result: dict[str, Any] = {"benchmark": "resume", "preset": options.preset, "quick": options.quick}
-    result |= {"device": f"cpu ({platform.machine()})", "num_cpus": os.cpu_count(), "commit": commit()}
+    result = describe("resume", preset=options.preset, quick=options.quick)
     result |= measure(options.preset, quick=options.quick, seed=options.seed)
     result["seconds"] = round(time.perf_counter() - started, 1)
-    result["recover_s"] = {fault: round(seconds, 2) for fault, seconds in result["recover_s"].items()}
-    print(json.dumps(result))
+    report(result)
 
 
 if __name__ == "__main__":

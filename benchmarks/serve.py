@@ -10,11 +10,7 @@ better, but for `overhead_ratio`, which is ours over the engine's.
 """
 
 import argparse
-import json
-import os
-import platform
 import statistics
-import subprocess
 import tempfile
 import threading
 import time
@@ -26,6 +22,7 @@ from typing import Any
 import httpx
 import torch
 
+from benchmarks.harness import describe, report
 from benchmarks.serve_case import (
     ANSWER,
     MAX_NEW_TOKENS,
@@ -207,8 +204,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     started = time.perf_counter()
     torch.set_num_threads(NUM_THREADS)
-    result: dict[str, Any] = {"benchmark": "serve", "preset": options.preset, "quick": options.quick}
-    result |= {"device": f"cpu ({platform.machine()})", "num_cpus": os.cpu_count(), "commit": commit()}
+    result = describe("serve", preset=options.preset, quick=options.quick)
     with tempfile.TemporaryDirectory() as scratch:
         folder = save_case(Path(scratch) / "model", options.preset, QUICK_ANSWER if options.quick else ANSWER)
         image = photo_bytes()
@@ -232,13 +228,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 result |= measure_streams(service.url, image, 12 if options.quick else 40)
                 result |= measure_overload(ours, result["answers_per_s"], 15 if options.quick else 40)
     result["seconds"] = round(time.perf_counter() - started, 1)
-    print(json.dumps({key: round(value, 4) if isinstance(value, float) else value for key, value in result.items()}))
-
-
-def commit() -> str:
-    """The commit that is checked out, or an empty string outside git."""
-    run = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    return run.stdout.strip()
+    report(result)
 
 
 if __name__ == "__main__":

@@ -8,9 +8,7 @@ service scales to nothing and back. Every answer must equal the direct engine's.
 """
 
 import argparse
-import json
 import os
-import platform
 import signal
 import statistics
 import tempfile
@@ -25,7 +23,7 @@ from typing import Any
 import httpx
 import torch
 
-from benchmarks.serve import commit
+from benchmarks.harness import describe, report
 from benchmarks.serve_case import (
     MAX_NEW_TOKENS,
     QUESTION,
@@ -276,8 +274,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     started = time.perf_counter()
     torch.set_num_threads(1)
     calm = 5 if options.quick else 20
-    result: dict[str, Any] = {"benchmark": "serve_faults", "preset": options.preset, "quick": options.quick}
-    result |= {"device": f"cpu ({platform.machine()})", "num_cpus": os.cpu_count(), "commit": commit()}
+    result = describe("serve_faults", preset=options.preset, quick=options.quick)
     total, failed, recover_s, in_flight = Tally(), {}, {}, 2
     image = photo_bytes()
     with tempfile.TemporaryDirectory() as name:
@@ -306,7 +303,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     result |= {"failed": failed, "sent": total.sent, "answered": total.answered, "refused": total.refused}
     result |= {"wrong_answers": total.wrong, "in_flight": in_flight, "recover_s": recover_s}
     result["seconds"] = round(time.perf_counter() - started, 1)
-    print(json.dumps(result))
+    report(result)
 
 
 def say(name: str, tally: Tally, seconds: float) -> None:

@@ -10,12 +10,9 @@ have touched are not counted. The last line is one JSON object; a ratio above 1 
 """
 
 import argparse
-import json
 import os
-import platform
 import signal
 import statistics
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -24,6 +21,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.harness import describe, report
 from benchmarks.resume_drills import Recorder
 from benchmarks.train_baselines import BareTrainer, SampleReader, our_loss, released_loss
 from pixellm.jobs.train.build import build_model, build_processor
@@ -200,23 +198,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="fewer steps; below 5 minutes on 2 cores")
     options = parser.parse_args(arguments)
     started = time.perf_counter()
-    result: dict[str, Any] = {"benchmark": "train", "preset": options.preset, "quick": options.quick}
-    result |= {"device": f"cpu ({platform.machine()})", "num_cpus": os.cpu_count(), "commit": commit()}
+    result = describe("train", preset=options.preset, quick=options.quick)
     result |= measure(options.preset, quick=options.quick)
     result["seconds"] = round(time.perf_counter() - started, 1)
-    print(json.dumps(_rounded(result)))
-
-
-def _rounded(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _rounded(item) for key, item in value.items()}
-    return round(value, 4) if isinstance(value, float) else value
-
-
-def commit() -> str:
-    """The commit that is checked out, or an empty string outside git."""
-    run = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    return run.stdout.strip()
+    report(result)
 
 
 if __name__ == "__main__":
