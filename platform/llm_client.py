@@ -16,10 +16,15 @@ from types import TracebackType
 from typing import Self
 
 from pixellm.errors import JudgeError, LanguageModelError
-from pixellm.platform.llm_service import AttemptError, ChatAnswer, ChatService, ServiceSettings, back_off_s
+from pixellm.platform.llm_service import (
+    AttemptError,
+    ChatAnswer,
+    ChatService,
+    FailureStreak,
+    ServiceSettings,
+    back_off_s,
+)
 
-#: Without a single answer between them, so many requests in a row mean that the service is down.
-_FAILURES_IN_A_ROW = 20
 #: Text is taken for one token per two bytes, which is more than any usual tokenizer needs.
 _BYTES_PER_TOKEN = 2
 _USD_PER_MILLION = 1e-6
@@ -86,7 +91,7 @@ class LanguageModelClient:
         self._places = asyncio.Semaphore(concurrency)
         self._service = ChatService(service, concurrency)
         self._cache_file = cache_file
-        self._failures_in_a_row = 0
+        self._streak = FailureStreak(service.base_url)
         self._under_way: dict[str, asyncio.Lock] = {}
 
     async def __aenter__(self) -> Self:
@@ -165,18 +170,13 @@ class LanguageModelClient:
                 if not error.can_retry:
                     break
             else:
-                self._failures_in_a_row = 0
+                self._streak.end()
                 self.counts["asked"] += 1
                 self.spent_usd += self._price(answer, most_usd)
                 return answer
             finally:
                 self._reserved_usd -= most_usd
-        self._failures_in_a_row += 1
-        if self._failures_in_a_row >= _FAILURES_IN_A_ROW:
-            raise LanguageModelError(
-                f"{self._settings.base_url} has not answered {self._failures_in_a_row} requests in a row, the last "
-                f"with: {failure}; the same command goes on from here when it does"
-            )
+        self._streak.grow(failure)
         raise NoAnswerError(failure)
 
     def _price(self, answer: ChatAnswer, most_usd: float) -> float:

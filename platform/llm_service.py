@@ -24,6 +24,8 @@ from pixellm.errors import LanguageModelError
 _DETAIL_CHARS = 200
 _MAX_PAUSE_S = 120.0
 _MAX_BACK_OFF_S = 30.0
+#: Without a single answer between them, so many requests in a row mean that the service is down.
+_FAILURES_IN_A_ROW = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +123,31 @@ class AttemptError(Exception):
         super().__init__(message)
         self.may_be_billed = may_be_billed
         self.can_retry = can_retry
+
+
+class FailureStreak:
+    """Requests that got no answer since the last that did; a long streak ends a job that could only go on failing."""
+
+    def __init__(self, base_url: str) -> None:
+        self._base_url = base_url
+        self._length = 0
+
+    def end(self) -> None:
+        """An answer came."""
+        self._length = 0
+
+    def grow(self, failure: str) -> None:
+        """A request was given up because of `failure`.
+
+        Raises:
+            LanguageModelError: so many in a row that the service must be down.
+        """
+        self._length += 1
+        if self._length >= _FAILURES_IN_A_ROW:
+            raise LanguageModelError(
+                f"{self._base_url} has not answered {self._length} requests in a row, the last with: {failure}; "
+                "the same command goes on from here when it does"
+            )
 
 
 class ChatService:

@@ -4,6 +4,7 @@ One plain ASGI layer instead of a stack of middlewares, so that streams pass thr
 Serve's: its proxy makes one (or takes the caller's) and answers with it; without a proxy it is made here.
 """
 
+import logging
 import re
 import time
 import uuid
@@ -24,6 +25,7 @@ from pixellm.serve.metrics import ServiceMetrics
 from pixellm.serve.tracing import Tracing
 
 _GUARDED_PREFIX = "/v1/"
+_LOG = logging.getLogger(__name__)
 _REQUEST_ID = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
 _SAFE_HEADERS = {
     "X-Content-Type-Options": "nosniff",
@@ -115,7 +117,8 @@ class WireLayer:
                     span.set_attribute("http.response.status_code", exchange.status)
         except Exception:
             if exchange.status == 499:
-                raise  # nothing was sent; otherwise the handler has logged it and answered
+                raise  # nothing was sent
+            _LOG.debug("%s failed after its answer began", scope["path"], exc_info=True)  # an error's handler logged it
         finally:
             self._metrics.in_flight.dec()
             self._write_down(scope, headers, exchange, time.perf_counter() - start)

@@ -1,6 +1,7 @@
 """What the whole suite shares: one local Ray cluster, single-threaded torch, and no reach outside the machine."""
 
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -42,3 +43,13 @@ def ray_cluster() -> Iterator[str]:
     )
     yield context.address_info["address"]
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def chromium_path() -> str:
+    """A real browser for the pages; without one their tests fail and say what to install."""
+    for name in ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"):
+        path = shutil.which(name)
+        if path:
+            return path
+    pytest.fail("no Chromium on this machine: install Debian's package `chromium` (apt-get install -y chromium)")

@@ -27,6 +27,7 @@ from pixellm.platform.llm_service import (
     ChatAnswer,
     ChatRequest,
     ChatService,
+    FailureStreak,
     ServiceSettings,
     back_off_s,
     chat_request,
@@ -36,8 +37,6 @@ from pixellm.platform.llm_service import (
 _NUSD_PER_TOKEN = 1000
 #: Text is taken for one token per two bytes, which is more than any usual tokenizer needs.
 _BYTES_PER_TOKEN = 2
-#: Without a single answer between them, so many requests in a row mean that the service is down.
-_FAILURES_IN_A_ROW = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +101,7 @@ class Asker:
         self._stack = AsyncExitStack()
         self._holder = uuid.uuid4().hex
         self._is_over = False
-        self._failures_in_a_row = 0
+        self._streak = FailureStreak(plan.service.base_url)
 
     async def __aenter__(self) -> Self:
         await self._stack.enter_async_context(self._link)
@@ -167,14 +166,9 @@ class Asker:
                 if not error.can_retry:
                     break
             else:
-                self._failures_in_a_row = 0
+                self._streak.end()
                 return answer
-        self._failures_in_a_row += 1
-        if self._failures_in_a_row >= _FAILURES_IN_A_ROW:
-            raise LanguageModelError(
-                f"{self._plan.service.base_url} has not answered {self._failures_in_a_row} requests in a row, the last "
-                f"with: {failure}; the same command goes on from here when it does"
-            )
+        self._streak.grow(failure)
         raise NoAnswerError(failure)
 
     async def _attempt(self, sent: ChatRequest, reserve_nusd: int) -> Answer:

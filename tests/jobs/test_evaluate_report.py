@@ -1,19 +1,14 @@
 """The report in a real browser: no console error, nothing overflows, galleries and their filter work."""
 
-import shutil
 from pathlib import Path
 
-import pytest
 from evaluate_case import KnownAnswers, write_case
 
 from pixellm.jobs.evaluate.compare import compare
 from pixellm.jobs.evaluate.job import EvaluationOptions, evaluate_suite
 
-CHROMIUM = shutil.which("chromium")
 
-
-@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
-def test_the_report_is_whole_at_both_widths(tmp_path: Path) -> None:
+def test_the_report_is_whole_at_both_widths(tmp_path: Path, chromium_path: str) -> None:
     from playwright.sync_api import sync_playwright
 
     shards = write_case(tmp_path / "shards")
@@ -23,7 +18,7 @@ def test_the_report_is_whole_at_both_widths(tmp_path: Path) -> None:
     compare(tmp_path / "a", tmp_path / "b", page=tmp_path / "compare.html")
     problems: list[str] = []
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        browser = playwright.chromium.launch(executable_path=chromium_path, args=["--no-sandbox"])
         page = browser.new_page()
         page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
         page.on("pageerror", lambda error: problems.append(str(error)))

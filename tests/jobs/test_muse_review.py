@@ -141,14 +141,10 @@ def url(dataset: Path) -> Iterator[str]:
     thread.join()
 
 
-def test_the_page_draws_masks_and_saves_an_edit_in_a_real_browser(dataset: Path, url: str) -> None:
-    chromium = next(
-        (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), ""
-    )
-    assert chromium, "no Chromium on this machine: install Debian's package `chromium`"
+def test_the_page_draws_masks_and_saves_an_edit_in_a_real_browser(dataset: Path, url: str, chromium_path: str) -> None:
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(
-            executable_path=chromium, headless=True, args=["--no-sandbox", "--disable-gpu", "--no-first-run"]
+            executable_path=chromium_path, headless=True, args=["--no-sandbox", "--disable-gpu", "--no-first-run"]
         )
         page = browser.new_page(viewport={"width": 1280, "height": 860})
         problems: list[str] = []

@@ -1,7 +1,6 @@
 """Fixtures of the serving tests: pictures, a model that names targets, and one real service for the whole session."""
 
 import json
-import shutil
 import sys
 from pathlib import Path
 
@@ -45,12 +44,3 @@ def talking_model(photo: Image.Image, tmp_path_factory: pytest.TempPathFactory) 
 
     folder = tmp_path_factory.mktemp("models") / "talking"
     return save_talking_model(folder, [(photo, as_turns(conversation)) for conversation in ANSWERS])
-
-
-@pytest.fixture(scope="session")
-def chromium_path() -> str:
-    for name in ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"):
-        path = shutil.which(name)
-        if path:
-            return path
-    pytest.fail("no Chromium on this machine: install Debian's package `chromium` (apt-get install -y chromium)")

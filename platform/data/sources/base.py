@@ -9,7 +9,7 @@ import struct
 import zlib
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -18,7 +18,7 @@ from PIL import Image
 
 from pixellm.errors import DataError
 from pixellm.platform import storage
-from pixellm.platform.data.schema import Row
+from pixellm.platform.data.schema import Row, RowDialogue, Target
 from pixellm.platform.data.sources.exif import turns_quarter, without_turn
 from pixellm.platform.masks import (
     BORDER_TOLERANCE_PX,
@@ -279,6 +279,19 @@ class Picture:
     encoded: bytes
     height: int
     width: int
+
+    def row(
+        self,
+        image_id: str,
+        source: str,
+        license_name: str,
+        targets: Iterable[Target] = (),
+        dialogues: Iterable[RowDialogue] = (),
+    ) -> Row:
+        """The picture's row."""
+        return Row(
+            image_id, source, self.encoded, self.height, self.width, license_name, tuple(targets), tuple(dialogues)
+        )
 
 
 def read_picture(uri: str, height: int | None, width: int | None, name: str, ledger: Ledger) -> Picture | None:

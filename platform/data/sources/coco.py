@@ -8,11 +8,12 @@ from typing import Any
 from pixellm.errors import DataError
 from pixellm.platform import storage
 from pixellm.platform.data.schema import SEG_MARKER, Row, RowDialogue
-from pixellm.platform.data.sources.base import Entry, Ledger, PictureSource, read_json_object, read_picture
+from pixellm.platform.data.sources.base import Entry, Ledger, PictureSource, read_json_object
 from pixellm.platform.data.sources.coco_format import (
     category_names,
     coco_pictures,
     coco_targets,
+    read_entry,
     with_position_phrases,
 )
 
@@ -45,21 +46,14 @@ class CocoSource(PictureSource):
         content = read_json_object(files.instances, ("images", "annotations", "categories"))
         captions = _read_captions(files.captions) if files.captions else {}
         for picture in coco_pictures(content, category_names(content["categories"]), ledger):
-            image = picture.image
-            facts = {
-                "id": image["id"],
-                "height": image.get("height"),
-                "width": image.get("width"),
-                "license": picture.license,
-                "annotations": picture.annotations,
-                "captions": captions.get(image["id"], []),
-            }
-            yield Entry(str(image["file_name"]), (storage.join(files.pictures, str(image["file_name"])),), facts)
+            file_name = str(picture.image["file_name"])
+            uri = storage.join(files.pictures, file_name)
+            yield picture.entry(file_name, uri, captions=captions.get(picture.image["id"], []))
 
     def row(self, entry: Entry, ledger: Ledger) -> Row | None:
         """The picture, if it has a target or a caption; see `PictureSource.row`."""
         facts = entry.facts
-        picture = read_picture(entry.files[0], facts["height"], facts["width"], entry.label, ledger)
+        picture = read_entry(entry, ledger)
         if picture is None:
             return None
         targets = coco_targets(facts["annotations"], picture, entry.label, ledger)
@@ -67,16 +61,8 @@ class CocoSource(PictureSource):
         if not targets and not dialogues:
             ledger.leave_out("picture has neither target nor caption", entry.label)
             return None
-        return Row(
-            image_id=str(facts["id"]),
-            source=self.name,
-            image=picture.encoded,
-            height=picture.height,
-            width=picture.width,
-            license=facts["license"],
-            targets=with_position_phrases(targets, picture),
-            dialogues=dialogues,
-        )
+        told = with_position_phrases(targets, picture)
+        return picture.row(str(facts["id"]), self.name, facts["license"], told, dialogues)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 from pixellm.platform.data.phrases import position_phrases
 from pixellm.platform.data.schema import Target
-from pixellm.platform.data.sources.base import Ledger, Picture, license_names, read_mask
+from pixellm.platform.data.sources.base import Entry, Ledger, Picture, license_names, read_mask, read_picture
 from pixellm.platform.masks import mask_area
 
 _FIELDS = ("id", "segmentation", "bbox", "iscrowd")
@@ -28,6 +28,17 @@ class CocoPicture:
     image: dict[str, Any]
     license: str
     annotations: list[dict[str, Any]]
+
+    def entry(self, label: str, uri: str, **facts: Any) -> Entry:
+        """The picture's entry: what `read_entry` and `coco_targets` need; further facts add to it or replace."""
+        own = {"id": self.image["id"], "license": self.license, "annotations": self.annotations}
+        size = {side: self.image.get(side) for side in ("height", "width")}
+        return Entry(label, (uri,), own | size | facts)
+
+
+def read_entry(entry: Entry, ledger: Ledger) -> Picture | None:
+    """Reads the picture of an entry that `CocoPicture` made; see `read_picture`."""
+    return read_picture(entry.files[0], entry.facts["height"], entry.facts["width"], entry.label, ledger)
 
 
 def coco_pictures(

@@ -9,11 +9,12 @@ from typing import Any
 from pixellm.errors import DataError
 from pixellm.platform import storage
 from pixellm.platform.data.schema import SEG_MARKER, Row, RowDialogue, Target
-from pixellm.platform.data.sources.base import Entry, Ledger, PictureSource, read_json_object, read_picture
+from pixellm.platform.data.sources.base import Entry, Ledger, PictureSource, read_json_object
 from pixellm.platform.data.sources.coco_format import (
     category_names,
     coco_pictures,
     coco_targets,
+    read_entry,
     with_position_phrases,
 )
 
@@ -45,23 +46,15 @@ class GenericCocoSource(PictureSource):
         questions = _read_questions(storage.join(input_uri, questions_file)) if questions_file else {}
         pictures = storage.join(input_uri, "images") if "images" in present else input_uri
         for found in coco_pictures(content, category_names(content["categories"]), ledger):
-            image, file_name = found.image, str(found.image["file_name"])
-            facts = {
-                "id": image["id"],
-                "height": image.get("height"),
-                "width": image.get("width"),
-                "license": found.license,
-                "annotations": found.annotations,
-                "questions": questions.pop(file_name, []),
-            }
-            yield Entry(file_name, (storage.join(pictures, file_name),), facts)
+            file_name = str(found.image["file_name"])
+            yield found.entry(file_name, storage.join(pictures, file_name), questions=questions.pop(file_name, []))
         for file_name in questions:
             ledger.skip("question about an unlisted picture", file_name)
 
     def row(self, entry: Entry, ledger: Ledger) -> Row | None:
         """The picture, if it has a target or a question; see `PictureSource.row`."""
         facts = entry.facts
-        picture = read_picture(entry.files[0], facts["height"], facts["width"], entry.label, ledger)
+        picture = read_entry(entry, ledger)
         if picture is None:
             return None
         targets = coco_targets(facts["annotations"], picture, entry.label, ledger)
@@ -73,16 +66,7 @@ class GenericCocoSource(PictureSource):
         if not targets and not kept:
             ledger.leave_out("picture has neither target nor question", entry.label)
             return None
-        return Row(
-            image_id=str(facts["id"]),
-            source=self.name,
-            image=picture.encoded,
-            height=picture.height,
-            width=picture.width,
-            license=facts["license"],
-            targets=with_position_phrases(targets, picture),
-            dialogues=kept,
-        )
+        return picture.row(str(facts["id"]), self.name, facts["license"], with_position_phrases(targets, picture), kept)
 
 
 def _dialogue(question: Mapping[str, Any], targets: Sequence[Target], name: str, ledger: Ledger) -> RowDialogue | None:

@@ -50,15 +50,7 @@ class LlavaInstructSource(PictureSource):
         if not dialogues:
             ledger.leave_out("picture keeps no conversation", entry.label)
             return None
-        return Row(
-            image_id=picture_id(entry.label),
-            source=self.name,
-            image=picture.encoded,
-            height=picture.height,
-            width=picture.width,
-            license=entry.facts["license"],
-            dialogues=tuple(dialogues),
-        )
+        return picture.row(picture_id(entry.label), self.name, entry.facts["license"], dialogues=dialogues)
 
 
 def _read_instructions(input_uri: str, layout: str) -> list[Any]:

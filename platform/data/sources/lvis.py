@@ -7,13 +7,14 @@ from typing import Any
 
 from pixellm.errors import DataError
 from pixellm.platform import storage
-from pixellm.platform.data.schema import Row, RowDialogue
-from pixellm.platform.data.sources.base import Entry, Ledger, PictureSource, read_json_object, read_picture
+from pixellm.platform.data.schema import Row, RowDialogue, Target
+from pixellm.platform.data.sources.base import Entry, Ledger, PictureSource, read_json_object
 from pixellm.platform.data.sources.coco_format import (
     category_names,
     coco_pictures,
     coco_targets,
     is_inside,
+    read_entry,
     with_position_phrases,
 )
 
@@ -44,46 +45,42 @@ class LvisSource(PictureSource):
                     "image entry names no picture", f"image {found.image['id']}", "wanted coco_url or file_name"
                 )
                 continue
-            yield Entry(
+            yield found.entry(
                 PurePosixPath(file_name).name,
-                (find_picture(input_uri, file_name),),
-                {
-                    "id": found.image["id"],
-                    "height": found.image.get("height"),
-                    "width": found.image.get("width"),
-                    "license": found.license,
-                    "annotations": found.annotations,
-                    "absent": listed_names(found.image.get("neg_category_ids"), names),
-                    "incomplete": listed_names(found.image.get("not_exhaustive_category_ids"), names),
-                },
+                find_picture(input_uri, file_name),
+                absent=listed_names(found.image.get("neg_category_ids"), names),
+                incomplete=listed_names(found.image.get("not_exhaustive_category_ids"), names),
             )
 
     def row(self, entry: Entry, ledger: Ledger) -> Row | None:
         """The picture, if it has a target; see `PictureSource.row`."""
         facts = entry.facts
-        picture = read_picture(entry.files[0], facts["height"], facts["width"], entry.label, ledger)
+        picture = read_entry(entry, ledger)
         if picture is None:
             return None
         targets = coco_targets(facts["annotations"], picture, entry.label, ledger)
         incomplete = set(facts["incomplete"])
-        for index, target in enumerate(targets):
-            if target.category in incomplete and not target.is_ignore:
-                name = f"{entry.label} annotation {target.target_id}"
-                ledger.note("category is not annotated completely: an ignore region", name)
-                targets[index] = replace(target, is_ignore=True)
+        targets = ignore_incomplete(targets, incomplete, entry.label, ledger)
         if not targets:
             ledger.leave_out("picture has no target", entry.label)
             return None
-        return Row(
-            image_id=str(facts["id"]),
-            source=self.name,
-            image=picture.encoded,
-            height=picture.height,
-            width=picture.width,
-            license=facts["license"],
-            targets=with_position_phrases(targets, picture),
-            dialogues=absent_dialogues(facts["absent"], {target.category for target in targets} | incomplete),
-        )
+        told = with_position_phrases(targets, picture)
+        absent = absent_dialogues(facts["absent"], {target.category for target in targets} | incomplete)
+        return picture.row(str(facts["id"]), self.name, facts["license"], told, absent)
+
+
+def ignore_incomplete(
+    targets: Iterable[Target], incomplete: Container[str], label: str, ledger: Ledger
+) -> list[Target]:
+    """Targets of categories that the picture has not annotated to the last one become ignore regions, and are noted."""
+    kept: list[Target] = []
+    for target in targets:
+        if target.category in incomplete and not target.is_ignore:
+            name = f"{label} annotation {target.target_id}"
+            ledger.note("category is not annotated completely: an ignore region", name)
+            target = replace(target, is_ignore=True)
+        kept.append(target)
+    return kept
 
 
 def absent_dialogues(names: Iterable[str], present: Container[str]) -> tuple[RowDialogue, ...]:

@@ -55,16 +55,7 @@ class MuseSource(PictureSource):
         if not dialogues:
             ledger.leave_out("picture keeps no question", entry.label)
             return None
-        return Row(
-            image_id=_image_id(entry.label),
-            source=self.name,
-            image=picture.encoded,
-            height=picture.height,
-            width=picture.width,
-            license=entry.facts["license"],
-            targets=targets,
-            dialogues=dialogues,
-        )
+        return picture.row(_image_id(entry.label), self.name, entry.facts["license"], targets, dialogues)
 
 
 class _Collected:

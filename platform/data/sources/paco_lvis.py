@@ -7,14 +7,22 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from pixellm.platform.data.schema import Row, Target
-from pixellm.platform.data.sources.base import Entry, Ledger, PictureSource, read_json_object, read_picture
+from pixellm.platform.data.sources.base import Entry, Ledger, PictureSource, read_json_object
 from pixellm.platform.data.sources.coco_format import (
     category_names,
     coco_pictures,
     coco_targets,
+    read_entry,
     with_position_phrases,
 )
-from pixellm.platform.data.sources.lvis import check_pictures, find_annotations, find_picture, listed_names, plain_name
+from pixellm.platform.data.sources.lvis import (
+    check_pictures,
+    find_annotations,
+    find_picture,
+    ignore_incomplete,
+    listed_names,
+    plain_name,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,45 +48,28 @@ class PacoLvisSource(PictureSource):
         }
         check_pictures(input_uri, self.layout)
         for found in coco_pictures(content, names, ledger, annotation_fields=("attribute_ids", "dom_color_ids")):
-            image, file_name = found.image, str(found.image["file_name"])
-            yield Entry(
+            file_name = str(found.image["file_name"])
+            yield found.entry(
                 PurePosixPath(file_name).name,
-                (find_picture(input_uri, file_name),),
-                {
-                    "id": image["id"],
-                    "height": image.get("height"),
-                    "width": image.get("width"),
-                    "license": found.license,
-                    "annotations": [_with_attributes(annotation, attributes) for annotation in found.annotations],
-                    "incomplete": listed_names(image.get("not_exhaustive_category_ids"), names),
-                },
+                find_picture(input_uri, file_name),
+                annotations=[_with_attributes(annotation, attributes) for annotation in found.annotations],
+                incomplete=listed_names(found.image.get("not_exhaustive_category_ids"), names),
             )
 
     def row(self, entry: Entry, ledger: Ledger) -> Row | None:
         """The picture, if it has a target; see `PictureSource.row`."""
         facts = entry.facts
-        picture = read_picture(entry.files[0], facts["height"], facts["width"], entry.label, ledger)
+        picture = read_entry(entry, ledger)
         if picture is None:
             return None
         targets = coco_targets(facts["annotations"], picture, entry.label, ledger)
-        for index, target in enumerate(targets):
-            if target.category in facts["incomplete"]:
-                name = f"{entry.label} annotation {target.target_id}"
-                ledger.note("category is not annotated completely: an ignore region", name)
-                targets[index] = replace(target, is_ignore=True)
+        targets = ignore_incomplete(targets, facts["incomplete"], entry.label, ledger)
         if not targets:
             ledger.leave_out("picture has no target", entry.label)
             return None
         words = {str(annotation["id"]): annotation["attributes"] for annotation in facts["annotations"]}
-        return Row(
-            image_id=str(facts["id"]),
-            source=self.name,
-            image=picture.encoded,
-            height=picture.height,
-            width=picture.width,
-            license=facts["license"],
-            targets=_by_attribute(with_position_phrases(targets, picture), words),
-        )
+        told = _by_attribute(with_position_phrases(targets, picture), words)
+        return picture.row(str(facts["id"]), self.name, facts["license"], told)
 
 
 def part_name(name: str) -> str:

@@ -77,15 +77,8 @@ class PascalPartSource(PictureSource):
         if not targets:
             ledger.leave_out("picture has no target", entry.label)
             return None
-        return Row(
-            image_id=PurePosixPath(entry.label).stem,
-            source=self.name,
-            image=picture.encoded,
-            height=picture.height,
-            width=picture.width,
-            license=_LICENSE,
-            targets=with_position_phrases(targets, picture),
-        )
+        told = with_position_phrases(targets, picture)
+        return picture.row(PurePosixPath(entry.label).stem, self.name, _LICENSE, told)
 
 
 def part_words(part: str) -> str:

@@ -78,16 +78,7 @@ class ReasonSegSource(PictureSource):
         targets = [_target("0", target_HW, is_ignore=False)]
         if ignored_HW.any():
             targets.append(_target("1", ignored_HW, is_ignore=True))
-        return Row(
-            image_id=picture_id(entry.label),
-            source=self.name,
-            image=picture.encoded,
-            height=picture.height,
-            width=picture.width,
-            license="unknown",
-            targets=tuple(targets),
-            dialogues=dialogues,
-        )
+        return picture.row(picture_id(entry.label), self.name, "unknown", targets, dialogues)
 
 
 def _read_annotation(entry: Entry, ledger: Ledger) -> dict[str, Any] | None:

@@ -21,9 +21,8 @@ from pixellm.platform.data.sources.base import (
     PictureSource,
     read_json_object,
     read_mask,
-    read_picture,
 )
-from pixellm.platform.data.sources.coco_format import category_names, coco_pictures
+from pixellm.platform.data.sources.coco_format import category_names, coco_pictures, read_entry
 from pixellm.platform.masks import MaskFault, mask_area, try_segmentation_to_rle
 
 #: Where the picture folders of the official downloads are; the first that exists is taken.
@@ -58,16 +57,8 @@ class ReferSource(PictureSource):
         content["images"] = [image for image in content["images"] if _is_wanted(image, by_image)]
         content["annotations"] = [entry for entry in content["annotations"] if _is_wanted(entry, wanted_ids)]
         for found in coco_pictures(content, category_names(content["categories"]), ledger):
-            image, file_name = found.image, str(found.image["file_name"])
-            facts = {
-                "id": image["id"],
-                "height": image.get("height"),
-                "width": image.get("width"),
-                "license": found.license,
-                "annotations": found.annotations,
-                "refs": by_image.pop(image["id"]),
-            }
-            yield Entry(file_name, (storage.join(pictures, file_name),), facts)
+            file_name = str(found.image["file_name"])
+            yield found.entry(file_name, storage.join(pictures, file_name), refs=by_image.pop(found.image["id"]))
         for image_id, refs in by_image.items():
             for ref in refs:
                 ledger.skip("expressions of an unlisted picture", f"ref {ref['id']}", f"image_id {image_id}")
@@ -75,7 +66,7 @@ class ReferSource(PictureSource):
     def row(self, entry: Entry, ledger: Ledger) -> Row | None:
         """The picture with its instances and a "referring" dialogue per expression."""
         facts = entry.facts
-        picture = read_picture(entry.files[0], facts["height"], facts["width"], entry.label, ledger)
+        picture = read_entry(entry, ledger)
         if picture is None:
             return None
         targets = _targets(facts["annotations"], picture, entry.label, ledger)
@@ -83,16 +74,8 @@ class ReferSource(PictureSource):
         if not dialogues:
             ledger.leave_out("picture keeps no expression", entry.label)
             return None
-        return Row(
-            image_id=str(facts["id"]),
-            source=self.name,
-            image=picture.encoded,
-            height=picture.height,
-            width=picture.width,
-            license=facts["license"],
-            targets=_with_expressions(list(targets.values()), dialogues),
-            dialogues=dialogues,
-        )
+        told = _with_expressions(list(targets.values()), dialogues)
+        return picture.row(str(facts["id"]), self.name, facts["license"], told, dialogues)
 
     def _find_folders(self, input_uri: str) -> tuple[str, str]:
         """The folders of the annotations and of the pictures."""

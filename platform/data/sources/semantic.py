@@ -104,15 +104,8 @@ def label_map_row(entry: Entry, source: str, unlabelled: int, ledger: Ledger) ->
         ledger.leave_out("picture has no target", entry.label)
         return None
     stem = PurePosixPath(entry.label).stem
-    return Row(
-        image_id=str(int(stem)) if stem.isascii() and stem.isdigit() else stem,
-        source=source,
-        image=picture.encoded,
-        height=picture.height,
-        width=picture.width,
-        license=entry.facts["license"],
-        targets=tuple(targets),
-    )
+    image_id = str(int(stem)) if stem.isascii() and stem.isdigit() else stem
+    return picture.row(image_id, source, entry.facts["license"], targets)
 
 
 def _read_labels(entry: Entry, picture: Picture, ledger: Ledger) -> npt.NDArray[np.integer] | None:
