@@ -177,8 +177,8 @@ def evaluate_suite(
     plan = AnswerPlan(dataset, suite, str(model_ref), options.mode, options.batch_size, options.device, tracking)
     folder = Path(out_dir)
     identity = _identity(plan, options, registry.resolve(model_ref, tracking) if open_answerer is open_model else None)
-    _check_folder(folder, identity)
     blocks = cut_blocks(question_places(dataset, suite, options.limit), options.batch_size)
+    _check_folder(folder, identity)  # after what may be refused: a refused evaluation leaves nothing behind
     _answer_missing(plan, blocks, folder, options, open_answerer, on_progress)
     digests = {suite.name: dataset.digest}
     run: Any = nullcontext() if settings is None else start_run(settings, kind="evaluate", data_digests=digests)
