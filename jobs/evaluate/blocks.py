@@ -1,13 +1,11 @@
-"""Blocks of questions through a model: in this process, or in a pool of actors that each load it once.
+"""Blocks of questions through a model.
 
-A block is a fixed run of consecutive questions, answered in one batch and kept in one file. So an answer does not
-depend on the number of actors, a block that is on disk is not asked again, and one whose actor died is asked anew.
+A block is a fixed run of consecutive questions, answered in one batch and kept in one file (`jobs/block_pool.py` says
+where they are answered).
 """
 
 import io
-import logging
-import pickle
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any, Literal
@@ -15,7 +13,7 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pixellm.errors import DataError, PixelLMError
+from pixellm.errors import DataError
 from pixellm.jobs.evaluate.questions import Question
 from pixellm.jobs.evaluate.samples import SAMPLE_SCHEMA, sample_row
 from pixellm.jobs.evaluate.suites import Asked, Suite, questions_of
@@ -26,7 +24,6 @@ from pixellm.platform.masks import rle_decode
 from pixellm.platform.settings import TrackingSettings
 
 Mode = Literal["generated", "forced"]
-_BLOCKS_PER_DATASET = 1024
 
 
 @dataclass(frozen=True)
@@ -125,82 +122,16 @@ def answer_block(plan: AnswerPlan, answerer: Answerer, block: Block) -> bytes:
     return sink.getvalue()
 
 
-def answer_here(plan: AnswerPlan, blocks: Sequence[Block], open_answerer: OpenAnswerer) -> Iterator[tuple[int, bytes]]:
-    """Goes through the blocks in this process; yields number and content of each."""
-    answerer = open_answerer(plan)
-    try:
-        for block in blocks:
-            yield block.number, answer_block(plan, answerer, block)
-    finally:
-        answerer.close()
-
-
-def answer_in_actors(
-    plan: AnswerPlan,
-    blocks: Sequence[Block],
-    open_answerer: OpenAnswerer,
-    *,
-    actors: int,
-    num_cpus: float = 1.0,
-    num_gpus: float = 0.0,
-) -> Iterator[tuple[int, bytes]]:
-    """Goes through the blocks in a pool of 1 to `actors` actors of the connected cluster, in any order.
-
-    An actor that dies is started again and its blocks are asked again: a block comes out once.
-
-    Raises:
-        PixelLMError: what an actor ran into.
-    """
-    import ray.data  # slow
-
-    logging.getLogger("ray.data").setLevel(logging.ERROR)  # it announces every dataset on the terminal
-    for first in range(0, len(blocks), _BLOCKS_PER_DATASET):
-        part = blocks[first : first + _BLOCKS_PER_DATASET]
-        most = min(actors, len(part))
-        packed = [pa.table({"block": pa.array([pickle.dumps(block)], pa.binary())}) for block in part]
-        dataset = ray.data.from_arrow(packed).map_batches(
-            _AnswerActor,
-            fn_constructor_args=(plan, open_answerer),
-            batch_size=1,
-            batch_format="pyarrow",
-            compute=ray.data.ActorPoolStrategy(min_size=1, max_size=most, initial_size=most),
-            num_cpus=num_cpus,
-            num_gpus=num_gpus or None,
-        )
-        dataset.context.enable_progress_bars = False
-        for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1):
-            for number, content, error in zip(*(batch[name].to_pylist() for name in batch.column_names), strict=True):
-                if error:
-                    raise pickle.loads(error)
-                yield number, content
-
-
-class _AnswerActor:
-    """One actor: a model that is loaded once."""
+class AnswerWorker:
+    """Answers blocks with one model (a worker of `block_pool`)."""
 
     def __init__(self, plan: AnswerPlan, open_answerer: OpenAnswerer) -> None:
-        self._plan, self._open = plan, open_answerer
-        self._answerer: Answerer | None = None
+        self._plan, self._answerer = plan, open_answerer(plan)
 
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        """Answers the blocks of a batch; an error of ours travels in the block's place."""
-        numbers, contents, errors = [], [], []
-        for packed in batch["block"].to_pylist():
-            block: Block = pickle.loads(packed)
-            content, error = b"", b""
-            try:
-                if self._answerer is None:
-                    self._answerer = self._open(self._plan)
-                content = answer_block(self._plan, self._answerer, block)
-            except PixelLMError as problem:
-                error = pickle.dumps(problem)
-            numbers.append(block.number)
-            contents.append(content)
-            errors.append(error)
-        return pa.table(
-            {
-                "number": pa.array(numbers, pa.int64()),
-                "content": pa.array(contents, pa.large_binary()),
-                "error": pa.array(errors, pa.binary()),
-            }
-        )
+    def work(self, block: Block) -> bytes:
+        """The block's file."""
+        return answer_block(self._plan, self._answerer, block)
+
+    def close(self) -> None:
+        """Lets go of the model."""
+        self._answerer.close()

@@ -4,12 +4,12 @@ The same command goes on where an interrupted one stopped: answered blocks are o
 """
 
 import asyncio
-import hashlib
 import json
 import math
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pixellm.errors import ConfigError
+from pixellm.jobs.block_folder import model_digest, take_folder
+from pixellm.jobs.block_pool import Pool, run_blocks
 from pixellm.jobs.evaluate.blocks import (
     AnswerPlan,
+    AnswerWorker,
     Block,
     Mode,
     OpenAnswerer,
-    answer_here,
-    answer_in_actors,
     block_uri,
     cut_blocks,
     open_model,
@@ -40,7 +41,7 @@ from pixellm.platform.settings import Settings, TrackingSettings
 from pixellm.platform.tracking import start_run
 from pixellm.platform.version import code_version
 
-METRICS_FILE, SAMPLES_FILE, REPORT_FILE, _PLAN_FILE = "metrics.json", "samples.parquet", "report.html", "plan.json"
+METRICS_FILE, SAMPLES_FILE, REPORT_FILE = "metrics.json", "samples.parquet", "report.html"
 _JUDGED_AT_A_TIME = 64
 
 #: Called with the number of finished questions and of all.
@@ -178,7 +179,9 @@ def evaluate_suite(
     folder = Path(out_dir)
     identity = _identity(plan, options, registry.resolve(model_ref, tracking) if open_answerer is open_model else None)
     blocks = cut_blocks(question_places(dataset, suite, options.limit), options.batch_size)
-    _check_folder(folder, identity)  # after what may be refused: a refused evaluation leaves nothing behind
+    take_folder(
+        folder, identity, "an evaluation", blocks="blocks"
+    )  # after what may be refused: a refused evaluation leaves nothing behind
     _answer_missing(plan, blocks, folder, options, open_answerer, on_progress)
     digests = {suite.name: dataset.digest}
     run: Any = nullcontext() if settings is None else start_run(settings, kind="evaluate", data_digests=digests)
@@ -244,19 +247,9 @@ def _answer_missing(
     tell(done, total)
     if not missing:
         return
-    if options.actors:
-        finished = answer_in_actors(
-            plan,
-            missing,
-            open_answerer,
-            actors=options.actors,
-            num_cpus=options.actor_cpus,
-            num_gpus=options.actor_gpus,
-        )
-    else:
-        finished = answer_here(plan, missing, open_answerer)
+    pool = Pool(options.actors, options.actor_cpus, options.actor_gpus)
     sizes = {block.number: len(block.places) for block in missing}
-    for number, content in finished:
+    for number, content in run_blocks(missing, partial(AnswerWorker, plan, open_answerer), pool):
         storage.write_bytes(block_uri(str(folder), number), content)
         done += sizes[number]
         tell(done, total)
@@ -297,42 +290,16 @@ async def _batches(blocks: list[Block], folder: Path) -> AsyncIterator[list[dict
 
 
 def _identity(plan: AnswerPlan, options: EvaluationOptions, model_dir: Path | None) -> dict[str, Any]:
-    """What decides the answers; files of a model are told apart by name, size, and the bytes at both ends."""
-    files = sorted(model_dir.iterdir()) if model_dir is not None else []
-    stats = [(file.name, file.stat().st_size, _ends_digest(file)) for file in files if file.is_file()]
+    """What decides the answers."""
     return {
         "suite": plan.suite.name,
         "data": plan.dataset.digest,
         "model": plan.model_ref,
-        "model_files": hashlib.sha256(json.dumps(stats).encode()).hexdigest(),
+        "model_files": model_digest(model_dir),
         "mode": plan.mode,
         "limit": options.limit,
         "batch_size": plan.batch_size,
     }
-
-
-def _ends_digest(path: Path) -> str:
-    """SHA-256 of the first and last MiB: a copy elsewhere is the same, and gigabytes of weights are not read."""
-    with path.open("rb") as file:
-        digest = hashlib.sha256(file.read(2**20))
-        file.seek(max(0, path.stat().st_size - 2**20))
-        digest.update(file.read())
-    return digest.hexdigest()
-
-
-def _check_folder(folder: Path, identity: dict[str, Any]) -> None:
-    path = folder / _PLAN_FILE
-    if path.is_file():
-        before = storage.read_json(path)
-        different = [name for name in identity if before.get(name) != identity[name]]
-        if different:
-            raise ConfigError(
-                f"{folder} holds an evaluation with another {', '.join(different)}; choose another --out, or remove it"
-            )
-        return
-    if storage.list_names(folder / "blocks"):
-        raise ConfigError(f"{folder} holds blocks without {_PLAN_FILE}; choose another --out, or remove it")
-    storage.write_bytes(path, (json.dumps(identity, indent=1) + "\n").encode())
 
 
 def _plain(tree: Any) -> Any:
