@@ -25,7 +25,9 @@ def take_folder(folder: str | Path, identity: Mapping[str, Any], what: str, *, b
         ConfigError: the folder holds another job, or blocks of which nobody knows what they are.
     """
     path = storage.join(folder, PLAN_FILE)
-    if storage.exists(path):
+    if storage.list_names(storage.join(folder, blocks)):
+        if not storage.exists(path):
+            raise ConfigError(f"{folder} holds {blocks} without {PLAN_FILE}; choose another --out, or remove it")
         before = storage.read_json(path)
         different = [name for name in identity if before.get(name) != identity[name]]
         if different:
@@ -33,8 +35,6 @@ def take_folder(folder: str | Path, identity: Mapping[str, Any], what: str, *, b
                 f"{folder} holds {what} with another {', '.join(different)}; choose another --out, or remove it"
             )
         return
-    if storage.list_names(storage.join(folder, blocks)):
-        raise ConfigError(f"{folder} holds {blocks} without {PLAN_FILE}; choose another --out, or remove it")
     storage.write_bytes(path, (json.dumps(identity, indent=1) + "\n").encode())
 
 

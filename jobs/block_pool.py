@@ -70,6 +70,8 @@ def run_blocks(
     Raises:
         PixelLMError: what a worker ran into.
     """
+    if not blocks:
+        return iter(())  # no model is loaded for nothing
     return _run_here(blocks, open_worker) if not (pool and pool.actors) else _run_in_actors(blocks, open_worker, pool)
 
 

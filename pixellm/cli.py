@@ -17,6 +17,7 @@ from pixellm import __version__
 from pixellm.errors import ConfigError, PixelLMError
 from pixellm.evaluate_commands import compare, evaluate
 from pixellm.muse_commands import muse_app
+from pixellm.predict_commands import predict
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__.split("\n")[0]
@@ -32,12 +33,12 @@ app.add_typer(jobs_app, name="jobs")
 app.add_typer(convert_app, name="convert")
 app.command()(evaluate)
 app.command()(compare)
+app.command()(predict)
 
 _OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 Config = Annotated[Path | None, typer.Option("--config", help="YAML recipe; dotted overrides follow: --train.lr=1e-4")]
 AsJson = Annotated[bool, typer.Option("--json", help="one JSON object on standard output, for programs")]
-ModelRef = Annotated[str, typer.Option("--model", help="a folder, models:/NAME@alias or models:/NAME/VERSION")]
 Address = Annotated[str, typer.Option("--address", help="the cluster's dashboard, e.g. http://127.0.0.1:8265")]
 
 
@@ -256,23 +257,6 @@ def train(
     _print(result.to_json_dict(), result.to_text(), as_json)
     if result.interrupted:
         raise typer.Exit(130)
-
-
-@app.command()
-def predict(
-    images_and_question: Annotated[list[str], typer.Argument(metavar="IMAGE… QUESTION")],
-    model: ModelRef,
-    out: Annotated[Path, typer.Option("--out", help="folder for overlays and RLE JSON")] = Path("predictions"),
-    as_json: AsJson = False,
-) -> None:
-    """Answers one question about each picture: an overlay PNG and a JSON with words and RLE masks."""
-    from pixellm.jobs.predict import predict as run_prediction
-
-    if len(images_and_question) < 2:
-        raise ConfigError('got no question; wanted pixellm predict IMAGE… "QUESTION" --model REF')
-    *images, question = images_and_question
-    result = run_prediction([Path(image) for image in images], question, model, out)
-    _print(result.to_json_dict(), result.to_text(), as_json)
 
 
 @models_app.command("list")

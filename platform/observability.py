@@ -74,7 +74,12 @@ def configure_logging(level: str | None = None) -> None:
 
 
 def format_progress(
-    step: int, total: int, values: Mapping[str, float], samples_per_s: float | None, left_s: float | None
+    step: int,
+    total: int,
+    values: Mapping[str, float],
+    samples_per_s: float | None,
+    left_s: float | None,
+    unit: str = "step",
 ) -> str:
     """One line of progress: `step 40/600 · loss 1.204 · 9.8 samples/s · 3:21 left`.
 
@@ -84,8 +89,9 @@ def format_progress(
         values: name → number, shown in this order.
         samples_per_s: throughput; None leaves it out.
         left_s: estimated seconds until the end; None leaves it out.
+        unit: what is counted.
     """
-    parts = [f"step {step}/{total}"]
+    parts = [f"{unit} {step}/{total}"]
     parts += [f"{name} {_short(value)}" for name, value in values.items()]
     if samples_per_s is not None:
         parts.append(f"{_short(samples_per_s)} samples/s")
@@ -109,6 +115,7 @@ class ProgressLine:
 
     Args:
         total: steps in all.
+        unit: what is counted.
         stream: where it goes; standard error unless given.
         plain_every_s: seconds between plain lines where there is no terminal; the last step is always printed.
         clock: seconds, monotonic.
@@ -118,11 +125,13 @@ class ProgressLine:
         self,
         total: int,
         *,
+        unit: str = "step",
         stream: TextIO | None = None,
         plain_every_s: float = 10.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._total = total
+        self._unit = unit
         self._stream = stream or sys.stderr
         self._plain_every_s = plain_every_s
         self._clock = clock
@@ -141,7 +150,7 @@ class ProgressLine:
             values: loss parts and the like, shown in this order.
             samples_per_s: throughput, when known.
         """
-        line = format_progress(step, self._total, values, samples_per_s, self._left_s(step))
+        line = format_progress(step, self._total, values, samples_per_s, self._left_s(step), self._unit)
         if self._bar is not None:
             self._bar.update(self._task, completed=step, description=line)
             return

@@ -52,6 +52,15 @@ def local_path(uri: str | Path) -> Path | None:
     return Path(path) if isinstance(filesystem, pafs.LocalFileSystem) else None
 
 
+def absolute(uri: str | Path) -> str:
+    """A URI that means the same in every process: a worker's working directory is another one.
+
+    Nothing is asked of a store (Arrow looks an S3 bucket's region up).
+    """
+    text = str(uri)
+    return text if "://" in text and not text.startswith("file://") else str(local_path(text) or text)
+
+
 def join(uri: str | Path, *names: str) -> str:
     """The URI of something below a URI."""
     return "/".join([str(uri).rstrip("/"), *names])

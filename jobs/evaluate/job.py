@@ -174,10 +174,13 @@ def evaluate_suite(
         LanguageModelError: the judge's endpoint cannot be used.
     """
     options, tracking = options or EvaluationOptions(), tracking or TrackingSettings()
-    suite, dataset = find_suite(suite_name), open_shards(data_uri)
-    plan = AnswerPlan(dataset, suite, str(model_ref), options.mode, options.batch_size, options.device, tracking)
+    tracking = tracking.model_copy(update={"root": storage.absolute(tracking.root)})  # actors have other folders
+    suite, dataset = find_suite(suite_name), open_shards(storage.absolute(data_uri))
+    model_dir = registry.resolve(model_ref, tracking) if open_answerer is open_model else None
+    reference = str(model_ref) if model_dir is None or str(model_ref).startswith("models:") else str(model_dir)
+    plan = AnswerPlan(dataset, suite, reference, options.mode, options.batch_size, options.device, tracking)
     folder = Path(out_dir)
-    identity = _identity(plan, options, registry.resolve(model_ref, tracking) if open_answerer is open_model else None)
+    identity = _identity(plan, options, model_dir)
     blocks = cut_blocks(question_places(dataset, suite, options.limit), options.batch_size)
     take_folder(
         folder, identity, "an evaluation", blocks="blocks"

@@ -169,12 +169,10 @@ def resolve_source_uris(settings: Settings, data_dir: Path) -> Settings:
 
 
 def _resolved(uri: str, data_dir: Path) -> str:
-    """A URI that means the same in every process: a worker's working directory is another one."""
+    """What it means, wherever it is read."""
     if uri.startswith(_DEMO_SCHEME):
         return _demo_uri(uri.removeprefix(_DEMO_SCHEME), data_dir)
-    if "://" in uri and not uri.startswith("file://"):
-        return uri  # and nothing is asked of a store: Arrow looks an S3 bucket's region up
-    return str(storage.local_path(uri) or uri)
+    return storage.absolute(uri)
 
 
 def _demo_uri(group: str, data_dir: Path) -> str:

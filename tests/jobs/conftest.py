@@ -25,3 +25,23 @@ def process_group() -> Iterator[None]:
 def demo_shards(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """The shards of the packaged demo data, by group of questions."""
     return prepare_demo(tmp_path_factory.mktemp("shards"))
+
+
+@pytest.fixture(scope="session")
+def masks_model_dir(demo_shards: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An untrained very small model that starts a group at once: its answers are all masks."""
+    import torch
+    from micro_run import micro_settings
+
+    from pixellm.jobs.train.build import build_model, build_processor
+
+    folder = tmp_path_factory.mktemp("model")
+    settings = micro_settings(demo_shards, folder)
+    model, processor = build_model(settings), build_processor(settings)
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+        model.lm_head.weight[processor.token_ids.codebook[0]] = 1.0
+        model.language_model.norm.weight.fill_(1.0)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder

@@ -5,30 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from micro_run import micro_settings
 from PIL import Image
 from pycocotools import mask as coco_mask
 
 from pixellm.errors import DataError, ModelLoadError
 from pixellm.jobs.predict import predict
-from pixellm.jobs.train.build import build_model, build_processor
-
-
-@pytest.fixture(scope="module")
-def model_dir(demo_shards: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An untrained very small model that starts a group at once: its answers are all masks."""
-    import torch
-
-    folder = tmp_path_factory.mktemp("model")
-    settings = micro_settings(demo_shards, folder)
-    model, processor = build_model(settings), build_processor(settings)
-    with torch.no_grad():
-        model.lm_head.weight.zero_()
-        model.lm_head.weight[processor.token_ids.codebook[0]] = 1.0
-        model.language_model.norm.weight.fill_(1.0)
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture
@@ -43,9 +24,11 @@ def pictures(demo_data: Path, tmp_path: Path) -> list[Path]:
 
 
 def test_each_picture_gets_an_overlay_and_masks_that_pycocotools_reads(
-    model_dir: Path, pictures: list[Path], tmp_path: Path
+    masks_model_dir: Path, pictures: list[Path], tmp_path: Path
 ) -> None:
-    result = predict(pictures, "Segment everything.", model_dir, tmp_path / "out", max_new_tokens=30, batch_size=1)
+    result = predict(
+        pictures, "Segment everything.", masks_model_dir, tmp_path / "out", max_new_tokens=30, batch_size=1
+    )
     assert [prediction.image for prediction in result.predictions] == [str(path) for path in pictures]
     assert len({prediction.overlay for prediction in result.predictions}) == 2
     written = json.loads((tmp_path / "out" / "predictions.json").read_text())
@@ -64,20 +47,20 @@ def test_each_picture_gets_an_overlay_and_masks_that_pycocotools_reads(
 
 
 def test_a_damaged_picture_is_named_and_the_others_are_answered(
-    model_dir: Path, pictures: list[Path], tmp_path: Path
+    masks_model_dir: Path, pictures: list[Path], tmp_path: Path
 ) -> None:
     pictures[0].write_bytes(pictures[0].read_bytes()[:2000])
     with pytest.raises(DataError, match=rf"1 of 2 pictures cannot be used: {pictures[0]}.*others are in"):
-        predict(pictures, "Segment the cat.", model_dir, tmp_path / "out", max_new_tokens=8)
+        predict(pictures, "Segment the cat.", masks_model_dir, tmp_path / "out", max_new_tokens=8)
     written = json.loads((tmp_path / "out" / "predictions.json").read_text())
     assert [prediction["image"] for prediction in written["predictions"]] == [str(pictures[1])]
 
 
 def test_an_absent_picture_or_model_is_refused_before_anything_is_written(
-    model_dir: Path, pictures: list[Path], tmp_path: Path
+    masks_model_dir: Path, pictures: list[Path], tmp_path: Path
 ) -> None:
     with pytest.raises(DataError, match="cannot read the picture"):
-        predict([tmp_path / "absent.jpg"], "Segment the cat.", model_dir, tmp_path / "out")
+        predict([tmp_path / "absent.jpg"], "Segment the cat.", masks_model_dir, tmp_path / "out")
     with pytest.raises(ModelLoadError, match="does not exist"):
         predict(pictures, "Segment the cat.", tmp_path / "no-model", tmp_path / "out")
     assert not (tmp_path / "out" / "predictions.json").exists()
