@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pixellm.errors import ConfigError, ModelLoadError
 from pixellm.model.config import PixelLMConfig
-from pixellm.model.modeling import PixelLMForConditionalGeneration
+from pixellm.model.networks import meta_network, network_class
 from pixellm.model.official import guess_vision_config, is_weight
 from pixellm.model.weight_files import Shapes, WeightFiles, write_index, write_shard
 
@@ -107,7 +107,7 @@ class ModelFolderWriter:
         if absent := sorted(self.wanted.keys() - self.weight_map.keys()):
             raise ModelLoadError(f"no source gave {len(absent)} weights: {', '.join(absent)}")
         write_index(self.folder, self.weight_map, self.size_bytes)
-        self.config.architectures = [PixelLMForConditionalGeneration.__name__]
+        self.config.architectures = [network_class(self.config.model_type).__name__]
         self.config.save_pretrained(self.folder)
         return AssemblyReport(
             path=str(self.folder),
@@ -162,15 +162,9 @@ def resolve_folder(path_or_id: str | os.PathLike[str]) -> Path:
         ) from error
 
 
-def meta_model(config: PixelLMConfig) -> PixelLMForConditionalGeneration:
-    """The network without memory behind its weights."""
-    with torch.device("meta"):
-        return PixelLMForConditionalGeneration(config)
-
-
 def weight_shapes(config: PixelLMConfig) -> Shapes:
     """Shape of every weight that a model folder holds, by name."""
-    return {name: tuple(t.shape) for name, t in meta_model(config).state_dict().items() if is_weight(name)}
+    return {name: tuple(t.shape) for name, t in meta_network(config).state_dict().items() if is_weight(name)}
 
 
 def copy_file(

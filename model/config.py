@@ -137,7 +137,17 @@ class PixelLMConfig(PreTrainedConfig):
     @property
     def patch_grid(self) -> int:
         """Side g of the grid of CLIP patches on the canvas."""
-        return self.image_size // self.vision_config.patch_size
+        return self.clip_size // self.vision_config.patch_size
+
+    @property
+    def clip_size(self) -> int:
+        """Side in pixels of what the CLIP tower sees: the canvas."""
+        return self.image_size
+
+    @property
+    def merges_targets(self) -> bool:
+        """Whether an answer has one mask for all that is asked for."""
+        return False
 
     @property
     def mask_grid(self) -> int:
@@ -168,9 +178,9 @@ def _check(config: PixelLMConfig) -> None:
             f"vision_feature_layers is {config.vision_feature_layers}; wanted {config.num_scales} hidden-state indices "
             f"(num_scales) of a tower with {depth} layers, deepest first"
         )
-    if config.image_size % config.vision_config.patch_size:
+    if config.clip_size % config.vision_config.patch_size:
         raise ConfigError(
-            f"image_size {config.image_size} is no multiple of patch size {config.vision_config.patch_size}"
+            f"image_size {config.clip_size} is no multiple of patch size {config.vision_config.patch_size}"
         )
     if config.decoder_hidden_size % 8 or (config.decoder_hidden_size // 2) % config.decoder_num_heads:
         raise ConfigError(

@@ -10,6 +10,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
+import numpy as np
+
 from pixellm.errors import DataError
 
 SYSTEM_PROMPT = (
@@ -18,6 +20,8 @@ SYSTEM_PROMPT = (
 )
 GROUP_MARKER = "{seg}"
 """Stands for one group of codebook tokens in the answer of a training dialogue."""
+MERGED_ANSWER = f"Sure, it is {GROUP_MARKER}."
+"""The answer of a model that has one mask for all that is asked for."""
 
 _NUMBERED_MARKER = re.compile(r"\[(\d+)\]")
 
@@ -87,6 +91,29 @@ def conversation_sections(turns: Sequence[Turn]) -> list[Section]:
             break
         sections += _answer_sections(turn.answer)
     return sections
+
+
+def merge_targets(
+    turns: Sequence[tuple[str, str, int]], masks: Sequence[np.ndarray]
+) -> tuple[list[tuple[str, str, int]], list[np.ndarray]]:
+    """One target for all that a question asks for, as models with a single mask per answer are trained.
+
+    Args:
+        turns: (question, answer with markers, number of targets) in order.
+        masks: [H, W] of 0 and 1, in the order of the markers.
+
+    Returns:
+        Turns with one target, their answers `MERGED_ANSWER`, and the unions; answers without targets stay.
+    """
+    merged: list[tuple[str, str, int]] = []
+    unions: list[np.ndarray] = []
+    first = 0
+    for question, answer, count in turns:
+        merged.append((question, MERGED_ANSWER if count else answer, min(count, 1)))
+        if count:
+            unions.append(np.maximum.reduce([np.asarray(mask) for mask in masks[first : first + count]]))
+        first += count
+    return merged, unions
 
 
 def history_turns(history: Iterable[tuple[str, str]]) -> list[Turn]:

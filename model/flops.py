@@ -1,7 +1,7 @@
 """Floating-point operations of one answer: PixelLM beside LISA (paper Table 1), counted by torch on meta tensors.
 
-LISA is built for real from transformers: LLaVA's Llama on CLIP-ViT-L/14 at 224 pixels (256 image tokens, as PixelLM
-has), and SAM ViT-H at 1024 × 1024 with its mask decoder. Nothing is estimated: every matrix product of a forward pass
+LISA is the baseline's own network: LLaVA's Llama on CLIP-ViT-L/14 at 224 pixels (256 image tokens, as PixelLM has), and
+SAM ViT-H at 1024 × 1024 with its mask decoder. Nothing is estimated: every matrix product of a forward pass
 is counted, weights are never allocated.
 """
 
@@ -11,13 +11,14 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from pixellm.errors import ConfigError
+from pixellm.model.baselines.lisa import LisaForConditionalGeneration
+from pixellm.model.baselines.lisa_config import LisaConfig
 from pixellm.model.config import PixelLMConfig
 from pixellm.model.modeling import PixelLMForConditionalGeneration
-from pixellm.model.presets import CLIP_L_336
 
 TEXT_TOKENS = 100
 CONVENTION = (
@@ -35,8 +36,6 @@ DISTANCE = (
     "transformers' ViT-H, the encoder's published cost. Ratios depend on the text length, because both sides pay the "
     "same for words and only LISA pays for SAM: at 490 tokens they are 0.59 and 0.73."
 )
-_LISA_LANGUAGE = {"lisa-7b": "pixellm-7b", "lisa-13b": "pixellm-13b"}
-_SAM_SIZE, _SAM_WIDTH = 1024, 256
 
 
 @dataclass(frozen=True)
@@ -127,7 +126,7 @@ def compare_flops(
 
     Args:
         preset: of PixelLM.
-        against: `"lisa-7b"`, `"lisa-13b"`, or another preset.
+        against: `"lisa-7b"`, `"lisa-13b"`, or any preset.
         text_tokens: positions beside the picture's.
         num_targets: masks decoded on both sides.
 
@@ -146,10 +145,7 @@ def count_flops(name: str, *, text_tokens: int = TEXT_TOKENS, num_targets: int =
     if text_tokens < 1 or num_targets < 1:
         raise ConfigError(f"text_tokens={text_tokens} and num_targets={num_targets} must be at least 1")
     with torch.device("meta"), torch.no_grad():
-        if name in _LISA_LANGUAGE:
-            parts = _lisa(_LISA_LANGUAGE[name], text_tokens, num_targets)
-        else:
-            parts = _pixellm(PixelLMConfig.from_preset(name), text_tokens, num_targets)
+        parts = _parts(PixelLMConfig.from_preset(name), text_tokens, num_targets)
         tflops = {part: _count(run) for part, run in parts.items()}
     return FlopsReport(name, tflops, text_tokens, num_targets)
 
@@ -157,7 +153,13 @@ def count_flops(name: str, *, text_tokens: int = TEXT_TOKENS, num_targets: int =
 def forward_tflops(config: PixelLMConfig, *, text_tokens: int, num_targets: int) -> dict[str, float]:
     """Operations of one forward pass by part, in 10¹², of a network of any sizes; arguments as of `compare_flops`."""
     with torch.device("meta"), torch.no_grad():
-        return {part: _count(run) for part, run in _pixellm(config, text_tokens, num_targets).items()}
+        return {part: _count(run) for part, run in _parts(config, text_tokens, num_targets).items()}
+
+
+def _parts(config: PixelLMConfig, text_tokens: int, num_targets: int) -> dict[str, Callable[[], object]]:
+    if isinstance(config, LisaConfig):
+        return _lisa(config, text_tokens, num_targets)
+    return _pixellm(config, text_tokens, num_targets)
 
 
 def _count(run: Callable[[], object]) -> float:
@@ -199,31 +201,21 @@ def _language(model: PixelLMForConditionalGeneration, num_positions: int) -> Ten
     return model.lm_logits(hidden)
 
 
-def _lisa(language_preset: str, text_tokens: int, num_targets: int) -> dict[str, Callable[[], object]]:
-    from transformers import CLIPVisionConfig, CLIPVisionModel, SamConfig, SamModel  # slow import
-
-    model = PixelLMForConditionalGeneration(PixelLMConfig.from_preset(language_preset))
-    width = model.config.text_config.hidden_size
-    clip = CLIPVisionModel(CLIPVisionConfig(**(CLIP_L_336 | {"image_size": 224}))).eval()
-    projector = nn.Linear(clip.config.hidden_size, width)
-    text_head = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, _SAM_WIDTH))
-    vit_h: dict[str, Any] = {"hidden_size": 1280, "num_hidden_layers": 32, "num_attention_heads": 16, "mlp_dim": 5120}
-    vit_h |= {"global_attn_indexes": [7, 15, 23, 31], "image_size": _SAM_SIZE}
-    sam = SamModel(SamConfig(vision_config=vit_h)).eval()
-    clip_pixels, sam_pixels = torch.zeros(1, 3, 224, 224), torch.zeros(1, 3, _SAM_SIZE, _SAM_SIZE)
-    grid = _SAM_SIZE // 16
-    image = torch.zeros(1, _SAM_WIDTH, grid, grid)
-
-    def decode() -> object:
-        prompts = text_head(torch.zeros(num_targets, width)).view(1, num_targets, 1, _SAM_WIDTH)
-        return sam.mask_decoder(image, image, prompts, image, multimask_output=False)
-
+def _lisa(config: LisaConfig, text_tokens: int, num_targets: int) -> dict[str, Callable[[], object]]:
+    model = LisaForConditionalGeneration(config).eval()
+    width, channels = config.text_config.hidden_size, config.decoder_hidden_size
+    clip_pixels = torch.zeros(1, 3, config.clip_size, config.clip_size)
+    valid = torch.ones(1, config.patch_grid, config.patch_grid, dtype=torch.bool)
+    pooled = torch.zeros(1, config.num_image_tokens, config.vision_config.hidden_size)
+    sam_pixels = torch.zeros(1, 3, config.image_size, config.image_size)
+    embeddings = torch.zeros(1, 1, channels, config.mask_grid // 4, config.mask_grid // 4)
+    states, images = torch.zeros(num_targets, 1, width), torch.zeros(num_targets, dtype=torch.long)
     return {
-        "vision": lambda: clip(clip_pixels),
-        "projectors": lambda: projector(torch.zeros(1, 256, clip.config.hidden_size)),
-        "language": lambda: _language(model, 256 + text_tokens),
-        "sam_encoder": lambda: sam.vision_encoder(sam_pixels),
-        "decoder": decode,
+        "vision": lambda: model.vision_tower.hidden_states(clip_pixels, valid, config.vision_layers, "correct"),
+        "projectors": lambda: model.image_projector(pooled),
+        "language": lambda: _language(model, config.num_image_tokens + text_tokens),
+        "sam_encoder": lambda: model.sam_encoder(sam_pixels),
+        "decoder": lambda: model.decode_masks(model.codebook_embeds(states), embeddings, images),
     }
 
 

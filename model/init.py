@@ -21,7 +21,6 @@ from pixellm.model.assemble import (
     ModelFolderWriter,
     copy_file,
     load_tokenizer,
-    meta_model,
     new_folder,
     read_config,
     read_vision_config,
@@ -29,6 +28,7 @@ from pixellm.model.assemble import (
     weight_shapes,
 )
 from pixellm.model.config import PixelLMConfig
+from pixellm.model.networks import meta_network
 from pixellm.model.official import is_weight, list_problems, vision_name
 from pixellm.model.processing import PixelLMProcessor
 from pixellm.model.tokenization import add_codebook_tokens
@@ -160,7 +160,7 @@ def draw_new_parts(config: PixelLMConfig, seed: int) -> dict[str, Tensor]:
     Returns:
         fp32 weights by name.
     """
-    model = meta_model(config)
+    model = meta_network(config)
     weights: dict[str, Tensor] = {}
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)

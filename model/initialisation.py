@@ -26,22 +26,27 @@ def redraw(model: "PixelLMForConditionalGeneration") -> None:
     config = model.config
     _redraw_towers(model, config.initializer_range, config.embedding_initializer_range)
     if config.new_parts_initializer == "xavier":
-        for part in (model.image_projector, model.decoder_projector, model.codebook, model.neck, model.decoder):
-            for module in part.modules():
+        for part in ("image_projector", "decoder_projector", "codebook", "neck", "decoder"):
+            for module in _modules_of(model, part):
                 if isinstance(module, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
                     nn.init.xavier_uniform_(module.weight)
     if config.decoder_token_range is not None:
-        decoder = model.decoder
-        for table in (decoder.iou_token, decoder.mask_tokens, decoder.level_embed, decoder.no_mask_embed):
-            table.weight.normal_(std=config.decoder_token_range)
+        for table in _modules_of(model, "decoder"):
+            if isinstance(table, nn.Embedding):
+                table.weight.normal_(std=config.decoder_token_range)
 
 
 def _redraw_towers(model: "PixelLMForConditionalGeneration", std: float | None, embedding_std: float | None) -> None:
-    for tower in (model.vision_tower, model.language_model, model.lm_head):
-        for module in tower.modules():
+    for tower in ("vision_tower", "language_model", "lm_head", "sam_encoder"):
+        for module in _modules_of(model, tower):
             if isinstance(module, nn.Embedding) and embedding_std is not None:
                 module.weight.normal_(std=embedding_std)
             elif isinstance(module, (nn.Linear, nn.Conv2d)) and std is not None:
                 module.weight.normal_(std=std)
     if embedding_std is not None:
         model.vision_tower.embeddings.class_embedding.normal_(std=embedding_std)
+
+
+def _modules_of(model: nn.Module, part: str) -> list[nn.Module]:
+    """All modules of a part; none where the network lacks it."""
+    return list(getattr(model, part).modules()) if hasattr(model, part) else []

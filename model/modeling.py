@@ -37,6 +37,7 @@ _PART_OF_PREFIX = {
     "codebook": "codebook",
     "decoder": "decoder",
     "neck": "neck",
+    "sam_encoder": "vision",
 }
 
 
@@ -70,22 +71,39 @@ class PixelLMForConditionalGeneration(PreTrainedModel):
     main_input_name = "input_ids"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
+    never_trained: tuple[str, ...] = ("decoder.iou_head.", "vision_tower.post_layernorm.")
+    """Prefixes of weights that no loss reaches."""
     _supports_sdpa = True
     _supports_flash_attn = True
     _no_split_modules = ["LlamaDecoderLayer", "CLIPEncoderLayer", "TwoWayBlock"]  # noqa: RUF012
 
     def __init__(self, config: PixelLMConfig) -> None:
         super().__init__(config)
-        vision, text, size = config.vision_config, config.text_config, config.decoder_hidden_size
-        hidden, kind = config.projector_hidden_size, config.projector_type
+        vision, text = config.vision_config, config.text_config
         self.vision_tower = VisionTower(vision)
-        self.image_projector = Projector(vision.hidden_size, hidden, text.hidden_size, kind)
-        self.decoder_projector = Projector(vision.hidden_size, hidden, text.hidden_size, kind)
-        self.neck = FeatureNeck(text.hidden_size, size)
+        self.image_projector = self._projector(config)
+        self._build_decoder_features(config)
         self.language_model = LlamaModel(text)
         self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
+        self._build_mask_parts(config)
+        self.post_init()
+        redraw(self)
+        self.set_trainable_parts(PARTS)
+
+    def _projector(self, config: PixelLMConfig) -> Projector:
+        vision, text = config.vision_config, config.text_config
+        return Projector(vision.hidden_size, config.projector_hidden_size, text.hidden_size, config.projector_type)
+
+    def _build_decoder_features(self, config: PixelLMConfig) -> None:
+        """The parts that make `ImageFeatures.scales`; a baseline has others."""
+        self.decoder_projector = self._projector(config)
+        self.neck = FeatureNeck(config.text_config.hidden_size, config.decoder_hidden_size)
+
+    def _build_mask_parts(self, config: PixelLMConfig) -> None:
+        """The parts from a group's hidden states to mask logits; a baseline has others."""
+        size = config.decoder_hidden_size
         self.codebook = SegmentationCodebook(
-            text.hidden_size, size, config.tokens_per_scale, config.num_scales, config.token_fusion
+            config.text_config.hidden_size, size, config.tokens_per_scale, config.num_scales, config.token_fusion
         )
         self.decoder = PixelDecoder(
             size,
@@ -96,9 +114,6 @@ class PixelLMForConditionalGeneration(PreTrainedModel):
             config.scale_fusion,
             config.decoder_iou_head_size,
         )
-        self.post_init()
-        redraw(self)
-        self.set_trainable_parts(PARTS)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -186,7 +201,7 @@ class PixelLMForConditionalGeneration(PreTrainedModel):
         last_layer = max(self.config.vision_layers)
         num_layers = self.config.vision_config.num_hidden_layers
         unused_layers = tuple(f"vision_tower.encoder.layers.{i}." for i in range(last_layer, num_layers))
-        unused = ("decoder.iou_head.", "vision_tower.post_layernorm.", *unused_layers)
+        unused = (*self.never_trained, *unused_layers)
         for name, parameter in self.named_parameters():
             part = self.part_of(name)
             is_frozen = name.startswith(unused) or (part == "neck" and self.config.freeze_neck)

@@ -1,4 +1,4 @@
-"""The four shipped sizes: two that learn on a laptop, two with the paper's shapes (Sec. 5.1).
+"""The four shipped sizes: two that learn on a laptop, two with the paper's shapes (Sec. 5.1); and LISA in three.
 
 `tiny` and `small` follow the shipped tokenizer; `pixellm-7b` and `pixellm-13b` follow Llama's 32,000 pieces with the
 codebook tokens behind them, on CLIP-ViT-L/14-336 at 448 pixels.
@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from pixellm.errors import ConfigError
+from pixellm.model.baselines.lisa_config import LisaConfig, lisa_full, lisa_tiny
 from pixellm.model.config import PixelLMConfig
 from pixellm.model.tokenization import add_codebook_tokens, load_tiny_tokenizer
 
@@ -132,19 +133,27 @@ PRESETS: dict[str, Callable[[], dict[str, Any]]] = {
     "pixellm-7b": _pixellm_7b,
     "pixellm-13b": _pixellm_13b,
 }
+LISA_PRESETS: dict[str, Callable[[], dict[str, Any]]] = {
+    "lisa-tiny": lambda: lisa_tiny(_tiny()),
+    "lisa-7b": lambda: lisa_full(_pixellm_7b()),
+    "lisa-13b": lambda: lisa_full(_pixellm_13b()),
+}
 
 
 def build_preset(name: str, overrides: dict[str, Any]) -> PixelLMConfig:
     """Builds a preset's config; see `PixelLMConfig.from_preset`."""
-    if name not in PRESETS:
-        nearest = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0.0)[0]
-        raise ConfigError(f"unknown preset {name!r}; did you mean {nearest!r}? Presets: {', '.join(PRESETS)}")
-    known = {field for field in PixelLMConfig.__annotations__ if not field.startswith("_")}
+    presets = PRESETS | LISA_PRESETS
+    if name not in presets:
+        nearest = difflib.get_close_matches(name, presets, n=1, cutoff=0.0)[0]
+        raise ConfigError(f"unknown preset {name!r}; did you mean {nearest!r}? Presets: {', '.join(presets)}")
+    config_class = LisaConfig if name in LISA_PRESETS else PixelLMConfig
+    annotated = PixelLMConfig.__annotations__ | config_class.__annotations__
+    known = {field for field in annotated if not field.startswith("_")}
     for field in overrides:
         if field not in known:
             nearest = difflib.get_close_matches(field, sorted(known), n=1, cutoff=0.0)[0]
             raise ConfigError(f"unknown config field {field!r}; did you mean {nearest!r}?")
-    fields = PRESETS[name]()
+    fields = presets[name]()
     for part in ("text_config", "vision_config"):
         fields[part] |= overrides.get(part) or {}
     fields |= {key: value for key, value in overrides.items() if key not in ("text_config", "vision_config")}
@@ -152,13 +161,13 @@ def build_preset(name: str, overrides: dict[str, Any]) -> PixelLMConfig:
     if "vision_feature_layers" not in overrides:
         fields["vision_feature_layers"] = fields["vision_feature_layers"][:num_scales]
     fields["text_config"] = _token_ids(name, fields) | fields["text_config"]
-    return PixelLMConfig(**fields)
+    return config_class(**fields)
 
 
 def _token_ids(name: str, fields: dict[str, Any]) -> dict[str, Any]:
     """Fills the codebook ids into `fields` and returns the language model's vocabulary fields."""
     tokens_per_scale, num_scales = fields.setdefault("tokens_per_scale", 3), fields["num_scales"]
-    if name in ("tiny", "small"):
+    if name in ("tiny", "small", "lisa-tiny"):
         tokenizer = load_tiny_tokenizer()
         ids = add_codebook_tokens(tokenizer, tokens_per_scale, num_scales)
         fields.setdefault("codebook_token_ids", list(ids.codebook))

@@ -18,7 +18,14 @@ from pixellm.errors import ConfigError, DataError, ModelLoadError
 from pixellm.model import images
 from pixellm.model.answers import AnswerReader
 from pixellm.model.config import IMAGE_TOKEN_ID, PixelLMConfig
-from pixellm.model.conversation import GROUP_MARKER, Section, SectionKind, Turn, conversation_sections
+from pixellm.model.conversation import (
+    GROUP_MARKER,
+    Section,
+    SectionKind,
+    Turn,
+    conversation_sections,
+    merge_targets,
+)
 from pixellm.model.images import DEFAULT_MAX_IMAGE_PIXELS, PreparedImage
 from pixellm.model.tokenization import (
     PlainTextEncoder,
@@ -91,6 +98,7 @@ class PixelLMProcessor:
         max_image_pixels: larger pictures are refused before decoding.
         image_mean: per channel, on 0..255.
         image_std: per channel, on 0..255.
+        merges_targets: examples have one mask for all that a question asks for.
     """
 
     tokenizer: "PreTrainedTokenizerBase"
@@ -102,6 +110,7 @@ class PixelLMProcessor:
     max_image_pixels: int = DEFAULT_MAX_IMAGE_PIXELS
     image_mean: Sequence[float] = field(default=SAM_MEAN)
     image_std: Sequence[float] = field(default=SAM_STD)
+    merges_targets: bool = False
 
     def __post_init__(self) -> None:
         self.token_ids = find_codebook_tokens(self.tokenizer, self.tokens_per_scale, self.num_scales)
@@ -138,6 +147,7 @@ class PixelLMProcessor:
             num_scales=config.num_scales,
             image_size=config.image_size,
             num_image_tokens=config.num_image_tokens,
+            merges_targets=config.merges_targets,
         )
         processor.check_matches(config)
         return processor
@@ -177,6 +187,7 @@ class PixelLMProcessor:
             "max_image_pixels": self.max_image_pixels,
             "image_mean": list(self.image_mean),
             "image_std": list(self.image_std),
+            "merges_targets": self.merges_targets,
         }
         (Path(path) / _SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
@@ -285,6 +296,12 @@ class PixelLMProcessor:
                 )
         return self._encode(conversation_sections([Turn(question, answer) for question, answer, _ in turns]))
 
+    def merged(
+        self, turns: Sequence[tuple[str, str, int]], masks: Sequence[np.ndarray]
+    ) -> tuple[Sequence[tuple[str, str, int]], Sequence[np.ndarray]]:
+        """Turns and masks as this model learns them; see `conversation.merge_targets`."""
+        return merge_targets(turns, masks) if self.merges_targets else (turns, masks)
+
     def encode_sample(
         self,
         image_bytes: bytes | Image.Image,
@@ -317,6 +334,7 @@ class PixelLMProcessor:
                     f"sample {sample_id!r} has a mask of {mask.shape} for a picture of {prepared.original_hw} "
                     "(rows, columns); masks must have the picture's own size"
                 )
+        turns, masks = self.merged(turns, masks)
         input_ids, labels = self.encode_dialogue(turns)
         return TrainingExample(
             pixels=prepared.pixels,

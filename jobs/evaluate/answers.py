@@ -2,49 +2,49 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import torch
 
 from pixellm.jobs.evaluate.questions import Question
 from pixellm.jobs.evaluate.types import Answer
-from pixellm.model.engine import PixelLMEngine
-from pixellm.model.engine.types import GenerationOptions, SegmentRequest, TargetMask
-from pixellm.model.modeling import PixelLMForConditionalGeneration
+from pixellm.model.conversation import MERGED_ANSWER
+from pixellm.model.networks import load_network
 from pixellm.model.processing import PixelLMProcessor
+from pixellm.model.segmenter import open_segmenter
 from pixellm.platform.masks import Rle
 
 
 class GeneratedAnswers:
-    """The engine answers by itself, greedily: what a user gets."""
+    """The model answers by itself, greedily: what a user gets. PixelLM or a baseline, as the folder says."""
 
     def __init__(self, model_dir: Path, *, device: str = "cpu", max_new_tokens: int = 128, batch_size: int = 8) -> None:
-        self._engine = PixelLMEngine.from_pretrained(model_dir, device=device, max_batch_size=batch_size)
-        self._options = GenerationOptions(max_new_tokens=max_new_tokens)
+        self._segmenter = open_segmenter(model_dir, device=device, batch_size=batch_size, max_new_tokens=max_new_tokens)
 
     def answer(self, questions: Sequence[Question]) -> list[Answer]:
         """One generated answer per question."""
-        requests = [SegmentRequest(question.image, question.prompt, self._options) for question in questions]
+        answers = self._segmenter.segment_many([(question.image, question.prompt) for question in questions])
         return [
             Answer(
-                result.text,
-                tuple(target.phrase for target in result.targets),
-                tuple(target.mask for target in result.targets),
+                answer.text,
+                answer.phrases,
+                answer.masks,
                 is_ordered=False,
-                rles=tuple(_packed(target) for target in result.targets),
+                rles=cast(tuple[Rle, ...] | None, answer.rles),
             )
-            for result in self._engine.segment_batch(requests)
+            for answer in answers
         ]
 
     def close(self) -> None:
-        """Stops the engine's threads."""
-        self._engine.close()
+        """Lets go of the model."""
+        self._segmenter.close()
 
 
 class ForcedAnswers:
     """Teacher-forced: the true answer is given, only the masks are the model's. One forward per batch."""
 
     def __init__(self, model_dir: Path, *, device: str = "cpu") -> None:
-        model = PixelLMForConditionalGeneration.from_pretrained(model_dir)
+        model = load_network(model_dir)
         self._model = model.to(device).eval()  # type: ignore[arg-type]
         self._processor = PixelLMProcessor.from_pretrained(model_dir)
 
@@ -70,18 +70,14 @@ class ForcedAnswers:
             valid, original = tuple(map(int, example.valid_hw)), tuple(map(int, example.original_hw))
             full = self._processor.post_process(logits.cpu(), valid, original)  # type: ignore[arg-type]
             masks = tuple((full > 0).numpy())
-            answers.append(Answer(_with_numbers(question.answer), question.phrases, masks, is_ordered=True))
+            text, phrases = question.answer, question.phrases
+            if self._processor.merges_targets:
+                text, phrases = MERGED_ANSWER, phrases and (" and ".join(phrases),)
+            answers.append(Answer(_with_numbers(text), phrases, masks, is_ordered=True))
         return answers
 
     def close(self) -> None:
         """Nothing to let go of."""
-
-
-def _packed(target: TargetMask) -> Rle:
-    size, counts = target.rle["size"], target.rle["counts"]
-    assert isinstance(size, list)
-    assert isinstance(counts, str)
-    return {"size": size, "counts": counts.encode()}
 
 
 def _with_numbers(answer: str) -> str:

@@ -41,17 +41,17 @@ def build_model(settings: Settings) -> "PixelLMForConditionalGeneration":
     """
     from pixellm.model.config import PixelLMConfig
     from pixellm.model.lora import attach_lora
-    from pixellm.model.modeling import PixelLMForConditionalGeneration
+    from pixellm.model.networks import build_network, load_network
 
     train, lora = settings.train, settings.train.lora
     torch.manual_seed(settings.seed)
     if settings.model.init_from is not None:
         _refuse_overrides(settings.model)
         folder = registry.resolve(settings.model.init_from, settings.tracking)
-        model = PixelLMForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+        model = load_network(folder, dtype=torch.float32)
     else:
         config = PixelLMConfig.from_preset(settings.model.preset, **settings.model.overrides)
-        model = PixelLMForConditionalGeneration(config)
+        model = build_network(config)
     if lora.enabled:
         attach_lora(model, lora.r, lora.alpha, lora.dropout, lora.target_modules)
     model.set_trainable_parts(trained_parts(train))
@@ -92,15 +92,14 @@ def save_model_folder(
         path: an older folder there is replaced.
     """
     from pixellm.model.lora import has_lora, lora_scaling, merge_state_dict
-    from pixellm.model.modeling import PixelLMForConditionalGeneration
+    from pixellm.model.networks import meta_network
 
     parameters = {name for name, _ in model.named_parameters()}
     buffers = {name: value.detach().cpu() for name, value in model.state_dict().items() if name not in parameters}
     state: dict[str, Any] = weights | buffers
     if has_lora(model):
         state = merge_state_dict(state, lora_scaling(model))
-    with torch.device("meta"):
-        plain = PixelLMForConditionalGeneration(model.config)
+    plain = meta_network(model.config)
     plain.load_state_dict(state, assign=True)
     writing = path.with_name(f".writing-{path.name}")
     shutil.rmtree(writing, ignore_errors=True)

@@ -56,9 +56,9 @@ class SampleEncoder:
             self._recent.get((*key, index), partial(self._mask, row, index, prepared), _mask_bytes)
             for index in dialogue.target_indices
         ]
-        input_ids, labels = self.processor.encode_dialogue(
-            [(turn.question, turn.answer, len(turn.target_indices)) for turn in dialogue.turns]
-        )
+        written = [(turn.question, turn.answer, len(turn.target_indices)) for turn in dialogue.turns]
+        turns, merged = self.processor.merged(written, masks)
+        input_ids, labels = self.processor.encode_dialogue(turns)
         shape = (self.mask_size, self.mask_size)
         return TrainingExample(
             pixels=prepared.pixels,
@@ -66,7 +66,7 @@ class SampleEncoder:
             original_hw=np.array(prepared.original_hw, dtype=np.int64),
             input_ids=np.array(input_ids, dtype=np.int64),
             labels=np.array(labels, dtype=np.int64),
-            masks=np.stack(masks) if masks else np.zeros((0, *shape), dtype=np.uint8),
+            masks=np.stack(merged) if merged else np.zeros((0, *shape), dtype=np.uint8),
             sample_id=sample_id,
             kind=dialogue.kind,
         )

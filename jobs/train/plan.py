@@ -166,11 +166,11 @@ def plan_training(settings: Settings) -> TrainPlan:
 def count_parameters(settings: Settings, config: "PixelLMConfig") -> dict[str, tuple[int, int]]:
     """Part → (trained, frozen) parameters, on the network itself without its weights."""
     from pixellm.model.lora import attach_lora
-    from pixellm.model.modeling import PixelLMForConditionalGeneration
+    from pixellm.model.networks import build_network
 
     lora = settings.train.lora
     with torch.device("meta"):
-        model = PixelLMForConditionalGeneration(config)
+        model = build_network(config)
         if lora.enabled:
             attach_lora(model, lora.r, lora.alpha, lora.dropout, lora.target_modules)
     model.set_trainable_parts(trained_parts(settings.train))
@@ -251,6 +251,7 @@ def train_tflops(settings: Settings, config: "PixelLMConfig") -> dict[str, float
     forward = forward_tflops(config, text_tokens=plan.text_tokens, num_targets=plan.targets)
     factors = {
         "vision": 3.0 if train.train_vision else 1.0,
+        "sam_encoder": 3.0 if train.train_vision else 1.0,
         "projectors": 3.0,
         "language": 3.0 if train.train_language else 2.0,
         "decoder": 3.0,
@@ -344,10 +345,11 @@ def _memory_lines(memory: MemoryPlan, train: TrainSettings, num_trained: int, nu
 
 def _config(settings: Settings) -> "PixelLMConfig":
     from pixellm.model.config import PixelLMConfig
+    from pixellm.model.networks import load_config
 
     start = settings.model.init_from
     if start is not None and (Path(start) / "config.json").is_file():
-        return PixelLMConfig.from_pretrained(start)  # type: ignore[no-any-return]
+        return load_config(start)
     return PixelLMConfig.from_preset(settings.model.preset, **settings.model.overrides)
 
 

@@ -10,11 +10,13 @@ import torch
 from pixellm.errors import ConfigError
 from pixellm.model.engine.scheduler import SchedulerLimits
 from pixellm.model.modeling import PixelLMForConditionalGeneration
+from pixellm.model.networks import load_network
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ATTENTIONS = ("sdpa", "eager", "flash_attention_2")
 QUANTIZATIONS = ("8bit", "4bit", "int8-cpu")
-_KEPT_EXACT = ["vision_tower", "image_projector", "decoder_projector", "neck", "lm_head", "codebook", "decoder"]
+_OUR_PARTS = ["image_projector", "decoder_projector", "neck", "lm_head", "codebook", "decoder"]
+_KEPT_EXACT = ["vision_tower", "sam_encoder", *_OUR_PARTS]
 
 
 @dataclass(frozen=True)
@@ -71,8 +73,8 @@ def load_model(path: str | Path, device: str, options: EngineOptions) -> PixelLM
     kwargs: dict[str, Any] = {"dtype": DTYPES[options.dtype], "attn_implementation": _attention(options, device)}
     if options.quantization in ("8bit", "4bit"):
         kwargs |= {"quantization_config": bitsandbytes_config(options), "device_map": {"": device}}
-        return PixelLMForConditionalGeneration.from_pretrained(path, **kwargs)
-    model = PixelLMForConditionalGeneration.from_pretrained(path, **kwargs).to(device)
+        return load_network(path, **kwargs)
+    model = load_network(path, **kwargs).to(device)  # type: ignore[arg-type]
     if options.quantization == "int8-cpu":
         quantize_language_model_int8(model)
     return model

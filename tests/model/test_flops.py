@@ -32,7 +32,8 @@ def test_pixellm_is_cheaper_than_lisa_by_about_the_papers_share(size: str, most:
     assert comparison.ratio <= most
     assert comparison.ratio == pytest.approx(comparison.paper_ratio, abs=0.05)
     numbers = comparison.to_json_dict()
-    assert numbers["tflops"][f"pixellm-{size}"]["language"] == numbers["tflops"][f"lisa-{size}"]["language"]
+    languages = [numbers["tflops"][f"{name}-{size}"]["language"] for name in ("pixellm", "lisa")]
+    assert languages[0] == pytest.approx(languages[1], rel=1e-5)  # five rows of the vocabulary more: the codebook
     assert f"{TEXT} text tokens" in numbers["convention"]
 
 
