@@ -144,12 +144,18 @@ def target_phrase(segments: Sequence[str]) -> str:
 
 def question_phrase(question: str, index: int) -> str:
     """Names target `index` by the object of a question such as `Segment the cat and the laptop.`"""
+    phrases = question_phrases(question)
+    return phrases[min(index, len(phrases) - 1)] if phrases else ""
+
+
+def question_phrases(question: str) -> list[str]:
+    """All objects of such a question; none where it is of another form."""
     sentence = re.split(r"[.?!]", question.strip(), maxsplit=1)[0].strip()
     rest = _QUESTION_START.sub("", sentence, count=1)
     if rest == sentence:
-        return ""
-    items = [item for item in _ITEM_SEPARATOR.split(_QUESTION_END.sub("", rest)) if item.strip()]
-    return _shorten(items[min(index, len(items) - 1)].strip()) if items else ""
+        return []
+    items = _ITEM_SEPARATOR.split(_QUESTION_END.sub("", rest))
+    return [_shorten(item.strip()) for item in items if item.strip()]
 
 
 def _last_clause(segment: str) -> str:

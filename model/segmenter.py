@@ -1,53 +1,31 @@
-"""What answers a question about a picture, whatever is inside: PixelLM's engine, LISA's, or a text-prompted model."""
+"""Opens what answers questions about pictures, whatever is inside: PixelLM's engine, LISA's, or a text-prompted model.
+
+A folder's `config.json` says which: `model_type` is PixelLM's or LISA's, one of transformers' (`clipseg`, `sam3`), or
+`pixellm-lisa-rec` and `pixellm-grounded-sam2`, which hold two models in subfolders.
+"""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from os import PathLike
-from typing import Protocol, runtime_checkable
+from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
-from PIL import Image
-
+from pixellm.model.baselines.lisa_rec import LISA_REC, LisaRecSegmenter, LlavaWords
+from pixellm.model.baselines.text_prompted import (
+    GROUNDED_SAM2,
+    ClipSegSegmenter,
+    GroundedSam2Segmenter,
+    Sam3Segmenter,
+)
 from pixellm.model.engine.engine import PixelLMEngine
 from pixellm.model.engine.types import GenerationOptions, SegmentRequest, TargetMask
+from pixellm.model.networks import model_type_of
+from pixellm.model.segmentation import Picture, Segmentation, Segmenter, merged
 
-Picture = Image.Image | bytes
-
-
-@dataclass(frozen=True)
-class Segmentation:
-    """An answer.
-
-    Attributes:
-        text: words, with `[k]` where target k − 1 belongs; empty where a model gives masks only.
-        phrases: what each target is called; may be empty strings.
-        masks: bool [H, W] at the picture's own size.
-        rles: the same masks in COCO's compressed form, `{"size": [H, W], "counts": bytes}`, where they are packed
-            already.
-    """
-
-    text: str
-    phrases: tuple[str, ...]
-    masks: tuple[npt.NDArray[np.bool_], ...]
-    rles: tuple[dict[str, object], ...] | None = None
-
-
-@runtime_checkable
-class Segmenter(Protocol):
-    """Answers questions about pictures in words and masks."""
-
-    def segment_many(self, questions: Sequence[tuple[Picture, str]]) -> list[Segmentation]:
-        """Answers (picture, question) pairs together; one answer each, in their order.
-
-        Raises:
-            PixelLMError: a picture or question that cannot be used.
-        """
-        ...
-
-    def close(self) -> None:
-        """Lets go of threads and memory."""
-        ...
+_TEXT_PROMPTED = {
+    "clipseg": ClipSegSegmenter,
+    GROUNDED_SAM2: GroundedSam2Segmenter,
+    "sam3": Sam3Segmenter,
+    "sam3_video": Sam3Segmenter,
+}
 
 
 class EngineSegmenter:
@@ -79,16 +57,6 @@ class EngineSegmenter:
         self._engine.close()
 
 
-def merged(text: str, masks: Sequence[npt.NDArray[np.bool_]]) -> Segmentation:
-    """An answer with one mask, the union; none where there are no masks."""
-    if not masks:
-        return Segmentation(text, (), ())
-    head, *rest = text.split("[1]", 1)
-    for number in range(2, len(masks) + 1):
-        rest = [piece.replace(f" [{number}]", "") for piece in rest]
-    return Segmentation("[1]".join([head, *rest]), ("",), (np.logical_or.reduce(list(masks)),))
-
-
 def open_segmenter(
     path: str | PathLike[str], *, device: str = "cpu", batch_size: int = 8, max_new_tokens: int = 128
 ) -> Segmenter:
@@ -101,12 +69,22 @@ def open_segmenter(
         max_new_tokens: of a generated answer.
 
     Raises:
-        ModelLoadError: no whole model, or of a kind that nothing here answers with.
+        ModelLoadError: no whole model.
     """
+    kind = model_type_of(path)
+    if kind in _TEXT_PROMPTED:
+        return _TEXT_PROMPTED[kind](path, device)
+    if kind == "llava":
+        return LlavaWords(path, device, max_new_tokens=max_new_tokens)
+    if kind == LISA_REC:
+        language, lisa = (
+            open_segmenter(Path(path) / part, device=device, batch_size=batch_size, max_new_tokens=max_new_tokens)
+            for part in ("language", "lisa")
+        )
+        return LisaRecSegmenter(language, lisa)
     engine = PixelLMEngine.from_pretrained(path, device=device, max_batch_size=batch_size)
     return EngineSegmenter(engine, max_new_tokens=max_new_tokens)
 
 
 def _packed(target: TargetMask) -> dict[str, object]:
-    size, counts = target.rle["size"], target.rle["counts"]
-    return {"size": size, "counts": str(counts).encode()}
+    return {"size": target.rle["size"], "counts": str(target.rle["counts"]).encode()}
