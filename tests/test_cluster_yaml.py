@@ -43,12 +43,59 @@ def test_every_key_survives_rays_defaults(written: dict[str, Any], prepared: dic
     }
 
 
-def test_the_head_runs_no_work_and_gpus_start_from_none(prepared: dict[str, Any]) -> None:
+def test_the_head_runs_no_work_and_every_worker_starts_from_none(prepared: dict[str, Any]) -> None:
     nodes = prepared["available_node_types"]
-    assert nodes[prepared["head_node_type"]]["resources"]["CPU"] == 0
-    assert {name: node["min_workers"] for name, node in nodes.items()} == {"head": 0, "data": 0, "gpu": 0}
-    assert nodes["gpu"]["max_workers"] > 0
+    head = nodes[prepared["head_node_type"]]
+    assert (head["resources"]["CPU"], head["max_workers"]) == (0, 0)
+    assert {node["min_workers"] for node in nodes.values()} == {0}
     assert sum(node["max_workers"] for node in nodes.values()) <= prepared["max_workers"]
+
+
+@pytest.mark.parametrize("kind", ["data", "gpu"])
+def test_each_kind_of_worker_is_asked_for_on_spot_first_and_else_on_demand(kind: str, written: dict[str, Any]) -> None:
+    spot = copy.deepcopy(written["available_node_types"][f"{kind}_spot"])
+    on_demand = written["available_node_types"][f"{kind}_on_demand"]
+    assert spot["priority"] > on_demand["priority"]
+    assert spot["node_config"].pop("InstanceMarketOptions") == {"MarketType": "spot"}
+    assert spot | {"priority": 0} == on_demand
+
+
+def test_rays_scheduler_takes_spot_and_after_a_refusal_the_other(written: dict[str, Any]) -> None:
+    """Ray's own v2 scheduler, asked for one machine of 8 GPUs, before and after the cloud had no spot machine."""
+    from ray.autoscaler.v2.instance_manager.config import NodeTypeConfig
+    from ray.autoscaler.v2.instance_manager.subscribers.cloud_resource_monitor import CloudResourceMonitor
+    from ray.autoscaler.v2.scheduler import ResourceDemandScheduler, SchedulingRequest
+    from ray.autoscaler.v2.utils import ResourceRequestUtil
+    from ray.core.generated.instance_manager_pb2 import Instance, InstanceUpdateEvent
+
+    types = {
+        name: NodeTypeConfig(
+            name=name,
+            min_worker_nodes=0,
+            max_worker_nodes=node["max_workers"],
+            resources={"CPU": 96, "GPU": 8} if name.startswith("gpu") else {"CPU": 16},
+            priority=node["priority"],
+        )
+        for name, node in written["available_node_types"].items()
+        if name != "head"
+    }
+
+    monitor = CloudResourceMonitor()
+
+    def asked() -> list[str]:
+        request = SchedulingRequest(
+            disable_launch_config_check=True,
+            node_type_configs=types,
+            max_num_nodes=written["max_workers"],
+            resource_requests=ResourceRequestUtil.group_by_count([ResourceRequestUtil.make({"GPU": 8})]),
+            recoverable_resource_availabilities=monitor.get_recoverable_resource_availabilities(),
+        )
+        return [launch.instance_type for launch in ResourceDemandScheduler().schedule(request).to_launch]
+
+    assert asked() == ["gpu_spot"]
+    refused = Instance.ALLOCATION_TIMEOUT
+    monitor.notify([InstanceUpdateEvent(instance_id="1", instance_type="gpu_spot", new_instance_status=refused)])
+    assert asked() == ["gpu_on_demand"]
 
 
 def test_head_and_workers_ask_for_a_token_that_the_file_does_not_hold(prepared: dict[str, Any]) -> None:
@@ -61,7 +108,7 @@ def test_head_and_workers_ask_for_a_token_that_the_file_does_not_hold(prepared: 
 
 def test_its_images_carry_the_pinned_ray_and_python(prepared: dict[str, Any]) -> None:
     pins = dict(line.split("==") for line in (REPOSITORY / "constraints.txt").read_text().splitlines() if "==" in line)
-    images = [prepared["docker"]["image"], prepared["available_node_types"]["gpu"]["docker"]["worker_image"]]
+    images = [prepared["docker"]["image"], prepared["available_node_types"]["gpu_spot"]["docker"]["worker_image"]]
     for image in images:
         assert f":{pins['ray']}-py311-" in image
 
