@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from pixellm.errors import ConfigError
 from pixellm.model.baselines.lisa import LisaForConditionalGeneration
 from pixellm.model.baselines.lisa_config import LisaConfig
+from pixellm.model.baselines.off_the_shelf import CLIPSEG, GROUNDING_DINO, SAM2, SAM3, build_published
 from pixellm.model.config import PixelLMConfig
 from pixellm.model.modeling import PixelLMForConditionalGeneration
 
@@ -126,7 +127,9 @@ def compare_flops(
 
     Args:
         preset: of PixelLM.
-        against: `"lisa-7b"`, `"lisa-13b"`, or any preset.
+        against: `"lisa-7b"`, `"lisa-13b"` or any preset; `"lisa-7b-rec"` or `"lisa-13b-rec"`; `"clipseg"`,
+            `"grounded-sam2"` or `"sam3"` (the last two run on the CPU for minutes: their networks read values that
+            meta tensors do not have).
         text_tokens: positions beside the picture's.
         num_targets: masks decoded on both sides.
 
@@ -144,9 +147,13 @@ def count_flops(name: str, *, text_tokens: int = TEXT_TOKENS, num_targets: int =
     """Counts one model; arguments as of `compare_flops`."""
     if text_tokens < 1 or num_targets < 1:
         raise ConfigError(f"text_tokens={text_tokens} and num_targets={num_targets} must be at least 1")
-    with torch.device("meta"), torch.no_grad():
-        parts = _parts(PixelLMConfig.from_preset(name), text_tokens, num_targets)
-        tflops = {part: _count(run) for part, run in parts.items()}
+    if name in _REC:
+        return _rec(name, text_tokens, num_targets)
+    with torch.no_grad():
+        if name in _TEXT_PROMPTED:
+            tflops = {part: _count(run) for part, run in _TEXT_PROMPTED[name](num_targets).items()}
+        else:
+            tflops = forward_tflops(PixelLMConfig.from_preset(name), text_tokens=text_tokens, num_targets=num_targets)
     return FlopsReport(name, tflops, text_tokens, num_targets)
 
 
@@ -217,6 +224,50 @@ def _lisa(config: LisaConfig, text_tokens: int, num_targets: int) -> dict[str, C
         "sam_encoder": lambda: model.sam_encoder(sam_pixels),
         "decoder": lambda: model.decode_masks(model.codebook_embeds(states), embeddings, images),
     }
+
+
+def _rec(name: str, text_tokens: int, num_targets: int) -> FlopsReport:
+    """LLaVA-13B names the targets, as in the paper; then LISA looks once and reads a question per target."""
+    llava = count_flops("lisa-13b", text_tokens=text_tokens).tflops
+    lisa = count_flops(_REC[name], text_tokens=text_tokens, num_targets=num_targets).tflops
+    words = sum(llava[part] for part in ("vision", "projectors", "language"))
+    tflops = {"llava": words, **lisa, "language": num_targets * lisa["language"]}
+    return FlopsReport(name, tflops, text_tokens, num_targets)
+
+
+def _clipseg(num_targets: int) -> dict[str, Callable[[], object]]:
+    network = build_published(CLIPSEG)
+    ids = torch.zeros(num_targets, _PROMPT_TOKENS, dtype=torch.long, device="meta")
+    pixels = torch.zeros(num_targets, 3, 352, 352, device="meta")
+    return {"clipseg": lambda: network(input_ids=ids, pixel_values=pixels)}
+
+
+def _grounded_sam2(num_targets: int) -> dict[str, Callable[[], object]]:
+    detector, sam = build_published(GROUNDING_DINO, "cpu"), build_published(SAM2)
+    ids, pixels = torch.zeros(num_targets, _PROMPT_TOKENS, dtype=torch.long), torch.zeros(num_targets, 3, 800, 1066)
+    sam_pixels = torch.zeros(1, 3, 1024, 1024, device="meta")
+    boxes = torch.zeros(1, num_targets, 4, device="meta")
+    return {
+        "grounding_dino": lambda: detector(input_ids=ids, pixel_values=pixels),
+        "sam2": lambda: sam(pixel_values=sam_pixels, input_boxes=boxes, multimask_output=False),
+    }
+
+
+def _sam3(num_targets: int) -> dict[str, Callable[[], object]]:
+    network: Any = build_published(SAM3, "cpu")
+    ids, pixels = torch.zeros(1, 32, dtype=torch.long), torch.zeros(1, 3, 1008, 1008)
+
+    def run() -> None:
+        seen = network.get_vision_features(pixels)
+        for _ in range(num_targets):
+            network(vision_embeds=seen, input_ids=ids)
+
+    return {"sam3": run}
+
+
+_REC = {"lisa-7b-rec": "lisa-7b", "lisa-13b-rec": "lisa-13b"}
+_TEXT_PROMPTED = {"clipseg": _clipseg, "grounded-sam2": _grounded_sam2, "sam3": _sam3}
+_PROMPT_TOKENS = 8
 
 
 def report_dict(report: FlopsReport) -> dict[str, Any]:

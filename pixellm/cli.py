@@ -412,6 +412,22 @@ def convert_official(
     _print(report.to_json_dict(), report.to_text(), as_json)
 
 
+@convert_app.command("lisa")
+def convert_lisa(
+    src: Annotated[str, typer.Argument(help="the released checkpoint's folder or Hugging Face id")],
+    dst: Annotated[Path, typer.Argument(help="the model folder to write")],
+    vision: Annotated[str, typer.Option("--vision", help="CLIP tower")] = "openai/clip-vit-large-patch14",
+    tokenizer: Annotated[str | None, typer.Option("--tokenizer", help="its folder, where SRC holds none")] = None,
+    variant: Annotated[str, typer.Option("--variant", help="lisa (one mask) or lisa_aug (a mask per target)")] = "lisa",
+    as_json: AsJson = False,
+) -> None:
+    """Released LISA weights → a model folder of the baseline, which trains and evaluates as PixelLM does."""
+    from pixellm.model.baselines.lisa_convert import convert_lisa as convert
+
+    report = convert(src, dst, vision, tokenizer=tokenizer, variant=variant)
+    _print(report.to_json_dict(), report.to_text(), as_json)
+
+
 @app.command()
 def init(
     llm: Annotated[str, typer.Option("--llm", help="folder or Hugging Face id of a Llama or LLaVA-1.5 checkpoint")],

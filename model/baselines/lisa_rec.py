@@ -16,7 +16,7 @@ LISA_REC = "pixellm-lisa-rec"
 NOUNS_PROMPT = "{question}, Please only use noun phrases in answer"
 """The paper's prompt of the first step."""
 ONE_PROMPT = "Please segment {phrase}."
-_SEPARATOR = re.compile(r"\s*(?:[,;\n]|\.(?:\s|$)|\band\b|(?:^|\n)\s*(?:\d+[.)]|[-*•])\s)\s*")
+_SEPARATOR = re.compile(r"(?:^|\n)\s*(?:\d+[.)]|[-*•])\s+|\s*(?:[,;\n]|\.(?:\s|$)|\band\b)\s*")
 _MARKER = re.compile(r"\s*\[\d+\]")
 _DETERMINED = re.compile(r"(?:the|an?|this|that|these|those|all|my|your|his|her|its|their)\b", re.IGNORECASE)
 

@@ -18,7 +18,8 @@ def build_published(name: str, device: str = "meta") -> nn.Module:
     """
     with torch.device(device):
         network: nn.Module = _BUILDERS[name]()
-    return network.eval()
+    # Some parameters of Grounding DINO are made on the CPU whatever the device.
+    return network.to(device).eval().requires_grad_(False)
 
 
 def _clipseg() -> Any:

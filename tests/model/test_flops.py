@@ -45,6 +45,22 @@ def test_more_targets_cost_the_decoder_only() -> None:
     }
 
 
+def test_lisa_rec_reads_a_question_per_target_and_pays_for_the_llava_that_names_them() -> None:
+    one, three = (count_flops("lisa-7b-rec", num_targets=number).tflops for number in (1, 3))
+    llava, lisa = count_flops("lisa-13b").tflops, count_flops("lisa-7b", num_targets=3).tflops
+    assert one["llava"] == three["llava"] == llava["vision"] + llava["projectors"] + llava["language"]
+    assert three["language"] == 3 * lisa["language"]
+    assert three["sam_encoder"] == lisa["sam_encoder"]
+
+
+def test_clipseg_looks_at_the_picture_once_per_phrase() -> None:
+    # ViT-B/16 at 352 pixels: 485 positions, 12 layers of 12·768² weights and attention, its patches; the rest is small.
+    positions, width = 485, 768
+    tower = 12 * (2 * positions * 12 * width**2 + 4 * positions**2 * width) + 2 * 484 * width * 3 * 16**2
+    assert count_flops("clipseg").total_tflops == pytest.approx(tower / 1e12, rel=0.1)
+    assert count_flops("clipseg", num_targets=3).total_tflops == pytest.approx(3 * count_flops("clipseg").total_tflops)
+
+
 def test_an_unknown_model_is_refused() -> None:
     with pytest.raises(ConfigError, match="unknown preset"):
         count_flops("lisa-70b")
