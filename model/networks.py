@@ -13,6 +13,9 @@ from pixellm.model.baselines.lisa_config import LisaConfig
 from pixellm.model.config import PixelLMConfig
 from pixellm.model.modeling import PixelLMForConditionalGeneration
 
+NETWORKS = (PixelLMConfig.model_type, LisaConfig.model_type)
+"""`model_type` of the networks that generate an answer with masks in it, and train."""
+
 
 def build_network(config: PixelLMConfig) -> PixelLMForConditionalGeneration:
     """A new network of a configuration, initial values drawn from torch's generator."""

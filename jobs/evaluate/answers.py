@@ -6,10 +6,11 @@ from typing import cast
 
 import torch
 
+from pixellm.errors import ConfigError
 from pixellm.jobs.evaluate.questions import Question
 from pixellm.jobs.evaluate.types import Answer
 from pixellm.model.conversation import MERGED_ANSWER
-from pixellm.model.networks import load_network
+from pixellm.model.networks import NETWORKS, load_network, model_type_of
 from pixellm.model.processing import PixelLMProcessor
 from pixellm.model.segmenter import open_segmenter
 from pixellm.platform.masks import Rle
@@ -41,9 +42,16 @@ class GeneratedAnswers:
 
 
 class ForcedAnswers:
-    """Teacher-forced: the true answer is given, only the masks are the model's. One forward per batch."""
+    """Teacher-forced: the true answer is given, only the masks are the model's. One forward per batch.
+
+    Raises:
+        ConfigError: a model that writes no answer of its own.
+    """
 
     def __init__(self, model_dir: Path, *, device: str = "cpu") -> None:
+        kind = model_type_of(model_dir)
+        if kind and kind not in NETWORKS:
+            raise ConfigError(f"{model_dir} ({kind}) cannot be given the words of an answer; use --mode generated")
         model = load_network(model_dir)
         self._model = model.to(device).eval()  # type: ignore[arg-type]
         self._processor = PixelLMProcessor.from_pretrained(model_dir)
