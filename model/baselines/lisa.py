@@ -57,6 +57,7 @@ class LisaForConditionalGeneration(PixelLMForConditionalGeneration):
 
     def _build_mask_parts(self, config: PixelLMConfig) -> None:
         assert isinstance(config, LisaConfig)
+        config.sam_config.mask_decoder_config._attn_implementation = config._attn_implementation  # as SamModel does
         self.codebook = SegmentationCodebook(config.text_config.hidden_size, config.decoder_hidden_size, 1, 1, "mean")
         self.decoder = SamMaskHead(config.sam_config)  # type: ignore[assignment]
 
