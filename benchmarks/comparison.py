@@ -37,7 +37,6 @@ METHODS: dict[str, tuple[str, ...]] = {
 }
 FIGURES = ("giou", "ciou", "giou_merged", "ciou_merged", "count_accuracy")
 _HEADS = ("gIoU", "cIoU", "gIoU, merged", "cIoU, merged", "exact number")
-_TEXT_TOKENS = 64
 
 
 @dataclass(frozen=True)
@@ -134,28 +133,8 @@ def evaluate(method: str, data: Path, out: Path, questions: int) -> dict[str, An
     for name in FIGURES:
         low, high = result.intervals[name]
         figures |= {name: result.metrics[name], f"{name}_low": low, f"{name}_high": high}
-    asked, returned = (result.metrics[f"mean_targets_{side}"] for side in ("asked", "returned"))
-    return figures | {"targets_asked": asked, "targets_returned": returned, "gflops": gflops(method, round(asked))}
-
-
-def gflops(method: str, num_targets: int) -> float:
-    """Operations of one answer with so many targets, in 10⁹; the original LISA decodes one mask."""
-    from pixellm.model.config import PixelLMConfig
-    from pixellm.model.flops import forward_tflops
-
-    recipes = METHODS[method]
-    models = [load_settings(recipe).model for recipe in recipes]
-    configs = [PixelLMConfig.from_preset(model.preset, **model.overrides) for model in models]
-    counts = [1 if config.merges_targets and len(recipes) == 1 else num_targets for config in configs]
-    parts = [
-        forward_tflops(config, text_tokens=_TEXT_TOKENS, num_targets=count)
-        for config, count in zip(configs, counts, strict=True)
-    ]
-    if len(parts) == 2:
-        names, segments = parts
-        words = {part: names[part] for part in ("vision", "projectors", "language")}
-        parts = [words, segments | {"language": num_targets * segments["language"]}]
-    return 1000 * sum(sum(part.values()) for part in parts)
+    figures |= {f"targets_{side}": result.metrics[f"mean_targets_{side}"] for side in ("asked", "returned")}
+    return figures | {"gflops": 1000 * (result.tflops or 0.0)}
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:

@@ -147,8 +147,9 @@ def count_flops(name: str, *, text_tokens: int = TEXT_TOKENS, num_targets: int =
     """Counts one model; arguments as of `compare_flops`."""
     if text_tokens < 1 or num_targets < 1:
         raise ConfigError(f"text_tokens={text_tokens} and num_targets={num_targets} must be at least 1")
-    if name in _REC:
-        return _rec(name, text_tokens, num_targets)
+    if name in _REC:  # LLaVA-13B names the targets, as in the paper
+        llava, lisa = (PixelLMConfig.from_preset(preset) for preset in ("lisa-13b", _REC[name]))
+        return FlopsReport(name, rec_tflops(llava, lisa, text_tokens, num_targets), text_tokens, num_targets)
     with torch.no_grad():
         if name in _TEXT_PROMPTED:
             tflops = {part: _count(run) for part, run in _TEXT_PROMPTED[name](num_targets).items()}
@@ -226,13 +227,12 @@ def _lisa(config: LisaConfig, text_tokens: int, num_targets: int) -> dict[str, C
     }
 
 
-def _rec(name: str, text_tokens: int, num_targets: int) -> FlopsReport:
-    """LLaVA-13B names the targets, as in the paper; then LISA looks once and reads a question per target."""
-    llava = count_flops("lisa-13b", text_tokens=text_tokens).tflops
-    lisa = count_flops(_REC[name], text_tokens=text_tokens, num_targets=num_targets).tflops
-    words = sum(llava[part] for part in ("vision", "projectors", "language"))
-    tflops = {"llava": words, **lisa, "language": num_targets * lisa["language"]}
-    return FlopsReport(name, tflops, text_tokens, num_targets)
+def rec_tflops(llava: PixelLMConfig, lisa: PixelLMConfig, text_tokens: int, num_targets: int) -> dict[str, float]:
+    """Operations of LISA_rec by part, in 10¹²: a model names the targets, LISA looks once and reads a question each."""
+    words = forward_tflops(llava, text_tokens=text_tokens, num_targets=1)
+    parts = forward_tflops(lisa, text_tokens=text_tokens, num_targets=num_targets)
+    named = sum(words[part] for part in ("vision", "projectors", "language"))
+    return {"llava": named, **parts, "language": num_targets * parts["language"]}
 
 
 def _clipseg(num_targets: int) -> dict[str, Callable[[], object]]:

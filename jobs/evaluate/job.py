@@ -95,6 +95,8 @@ class Evaluation:
         commit: of the code.
         out_dir: the folder.
         run_id: of MLflow; None where the run was not recorded.
+        method: what the model is called in a table; empty where what answers is no model folder.
+        tflops: of one answer with the suite's mean number of targets, in 10¹²; None where it is not counted.
     """
 
     suite: str
@@ -110,6 +112,8 @@ class Evaluation:
     commit: str | None
     out_dir: str
     run_id: str | None = field(default=None)
+    method: str = ""
+    tflops: float | None = None
 
     @property
     def judge_note(self) -> str:
@@ -133,7 +137,9 @@ class Evaluation:
     def to_text(self) -> str:
         """The figures in percent with their intervals, and where the rest is."""
         how = "answers generated" if self.mode == "generated" else "true answers given (teacher-forced)"
-        lines = [f"{self.suite}: {self.questions} questions, {how}, {self.judge_note}"]
+        cost = "" if self.tflops is None else f" ({self.tflops:.3g} TFLOPs an answer)"
+        lines = [f"{self.method}{cost}"] if self.method else []
+        lines += [f"{self.suite}: {self.questions} questions, {how}, {self.judge_note}"]
         for name, value in self.metrics.items():
             low, high = self.intervals[name]
             factor = 1 if name.startswith(("mean_", "judge_score")) else 100
@@ -205,6 +211,7 @@ def evaluate_suite(
             commit=code_version().commit,
             out_dir=str(folder),
             run_id=None if tracker is None else tracker.run_id,
+            **_method(model_dir, figures),
         )
         storage.write_bytes(folder / METRICS_FILE, (json.dumps(result.to_json_dict(), indent=1) + "\n").encode())
         if options.with_report:
@@ -213,6 +220,7 @@ def evaluate_suite(
             write_report(result, dataset, folder, seed=options.seed, paper=PAPER_TABLES.get(suite.name))
         if tracker is not None:
             about = {"suite": suite.name, "mode": options.mode, "model": str(model_ref), "judge": result.judge_note}
+            about["method"] = result.method
             tracker.set_tags({f"pixellm.evaluate.{name}": value for name, value in about.items()})
             tracker.log_metrics({k: v for k, v in result.metrics.items() if math.isfinite(v)})
             for name in (METRICS_FILE, SAMPLES_FILE, *([REPORT_FILE] if options.with_report else [])):
@@ -290,6 +298,15 @@ async def _batches(blocks: list[Block], folder: Path) -> AsyncIterator[list[dict
             waiting = []
     if waiting:
         yield waiting
+
+
+def _method(model_dir: Path | None, figures: dict[str, Figure]) -> dict[str, Any]:
+    if model_dir is None:
+        return {}
+    from pixellm.jobs.evaluate.method import method_of  # imports torch and transformers
+
+    method = method_of(model_dir, max(1, round(figures["mean_targets_asked"].value)))
+    return {"method": method.name, "tflops": method.tflops}
 
 
 def _identity(plan: AnswerPlan, options: EvaluationOptions, model_dir: Path | None) -> dict[str, Any]:

@@ -1,16 +1,29 @@
 """What the paper reports (Tables 1 to 3), to stand beside a run's own figures; percent, as printed there."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, slots=True)
 class PaperTable:
-    """A table of the paper. `columns` are split and metric; `rows` are method and values, None where there is none."""
+    """A table of the paper.
+
+    Attributes:
+        title: which, and what is not said there.
+        columns: split and metric.
+        rows: method and values, None where there is none.
+        tflops: by method, where the table has them; the convention is the paper's own.
+        note: what a reader of these rows must know.
+    """
 
     title: str
     columns: tuple[str, ...]
     rows: tuple[tuple[str, tuple[float | None, ...]], ...]
+    tflops: Mapping[str, float] = field(default_factory=dict)
+    note: str = ""
+
+
+_SEEM = "SEEM has no maintained package: CLIPSeg stands in its place among the runs here, under its own name."
 
 
 _MUSE = PaperTable(
@@ -29,6 +42,12 @@ _MUSE = PaperTable(
         ("PixelLM-Llama2-13B†", (43.0, 51.7, 44.8, 61.6, 39.3, 44.6, 40.5, 48.2)),
         ("PixelLM-Llama2-13B", (44.8, 54.1, 45.2, 62.9, 41.5, 47.6, 42.3, 51.0)),
     ),
+    {
+        "SEEM": 0.43, "LISA-7B": 7.16, "LISA-7B rec": 7.16, "LISA-7B aug": 7.16, "PixelLM-7B†": 3.57,
+        "PixelLM-7B": 3.57, "LISA-Llama2-13B": 10.24, "LISA-Llama2-13B aug": 10.24, "PixelLM-Llama2-13B†": 6.65,
+        "PixelLM-Llama2-13B": 6.65,
+    },
+    _SEEM,
 )  # fmt: skip
 _UNC, _UMD = ("val", "testA", "testB"), ("val(U)", "test(U)")
 
@@ -61,7 +80,8 @@ def _single(name: str, splits: tuple[str, ...], first: int) -> PaperTable:
 
 def _part(title: str, splits: tuple[str, ...], rows: Mapping[str, tuple[float | None, ...]], first: int) -> PaperTable:
     last = first + len(splits)
-    return PaperTable(title, splits, tuple((method, values[first:last]) for method, values in rows.items()))
+    chosen = tuple((method, values[first:last]) for method, values in rows.items())
+    return PaperTable(title, splits, chosen, note=_SEEM if "SEEM" in rows else "")
 
 
 PAPER_TABLES: dict[str, PaperTable] = {

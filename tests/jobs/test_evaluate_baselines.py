@@ -14,11 +14,14 @@ from micro_run import micro_tree
 from pixellm.errors import ConfigError
 from pixellm.jobs.evaluate.answers import ForcedAnswers, GeneratedAnswers
 from pixellm.jobs.evaluate.job import Evaluation, EvaluationOptions, evaluate_suite, read_samples
+from pixellm.jobs.evaluate.method import method_of
 from pixellm.jobs.evaluate.suites import SUITES
 from pixellm.jobs.train.build import build_model, build_processor, save_model_folder
 from pixellm.jobs.train.encode import SampleEncoder
 from pixellm.model.baselines import text_prompted
+from pixellm.model.config import PixelLMConfig
 from pixellm.model.conversation import MERGED_ANSWER
+from pixellm.model.flops import count_flops
 from pixellm.model.networks import load_network
 from pixellm.platform.data.compose import ComposeLimits, QuestionSource
 from pixellm.platform.data.order import Draw
@@ -78,6 +81,37 @@ def test_the_job_opens_what_the_folder_says(shards: str, tmp_path: Path) -> None
     write_lisa_aug(rec / "lisa")  # another model in the same folder is another evaluation
     with pytest.raises(ConfigError, match="model_files"):
         run(rec)
+
+
+def test_the_report_names_the_method_and_counts_it_beside_the_papers(shards: str, tmp_path: Path) -> None:
+    options = EvaluationOptions(batch_size=4, limit=1)
+    result = evaluate_suite(write_lisa(tmp_path / "lisa"), shards, tmp_path / "out", "muse", options)
+    assert result.method == "LISA"
+    assert result.tflops == pytest.approx(count_flops("lisa-tiny").total_tflops)
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "this run: LISA</td>" in page
+    assert f'<td class="number">{result.tflops:.3g}</td>' in page
+    assert '<td>LISA-7B rec</td><td class="soft">paper</td><td class="number">7.16</td>' in page
+    assert "CLIPSeg stands in its place" in page
+
+
+def test_methods_are_named_as_the_paper_names_them(tmp_path: Path) -> None:
+    named = {name: method_of(BASELINES[name](tmp_path / name), 3) for name in BASELINES}
+    assert {name: method.name for name, method in named.items()} == {
+        "pixellm": "PixelLM",
+        "lisa": "LISA",
+        "lisa_aug": "LISA_aug",
+        "lisa_rec": "LISA_rec",
+        "lisa_rec_llava": "LISA_rec",
+        "clipseg": "CLIPSeg (in SEEM's place)",
+        "grounded_sam2": "Grounding DINO + SAM 2",
+        "sam3": "SAM 3",
+    }
+    cost = {name: method.tflops for name, method in named.items() if method.tflops is not None}
+    assert cost["pixellm"] < cost["lisa"] < cost["lisa_aug"] < cost["lisa_rec"]
+    dagger = PixelLMConfig.from_preset("tiny", tokens_per_scale=1, target_refinement_alpha=1.0)
+    dagger.save_pretrained(tmp_path / "dagger")
+    assert method_of(tmp_path / "dagger", 1).name == "PixelLM†"
 
 
 def test_forced_answers_of_lisa_are_one_mask_or_a_mask_per_target(shards: str, tmp_path: Path) -> None:
