@@ -99,10 +99,13 @@ def compare(
     second: Annotated[Path, typer.Argument(metavar="DIR_B", help="what `evaluate` wrote for another model")],
     html: Annotated[Path | None, typer.Option("--html", help="page with the samples that changed most")] = None,
     count: Annotated[int, typer.Option("--count", min=1, help="samples shown")] = 12,
+    record: Annotated[bool, typer.Option("--record/--no-record", help="results as a run in MLflow")] = True,
     as_json: AsJson = False,
 ) -> None:
     """Two evaluations of the same questions: paired differences with intervals, samples that changed most."""
     from pixellm.jobs.evaluate.compare import compare as run_comparison
+    from pixellm.platform.settings import Settings
 
-    result = run_comparison(first, second, page=html, num_changed=count)
+    settings = Settings(name="compare") if record else None
+    result = run_comparison(first, second, page=html, num_changed=count, settings=settings)
     typer.echo(json.dumps(result.to_json_dict()) if as_json else result.to_text())

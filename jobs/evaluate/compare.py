@@ -13,6 +13,8 @@ from pixellm.jobs.evaluate.job import METRICS_FILE, read_samples
 from pixellm.jobs.evaluate.summary import RATIOS, question_sums, resampled_totals
 from pixellm.platform import storage
 from pixellm.platform.data.shards import open_shards
+from pixellm.platform.settings import Settings
+from pixellm.platform.tracking import start_run
 
 _FIGURES = ("giou", "ciou", "precision", "recall", "pq", "count_accuracy", "judged_giou", "judged_ciou")
 _RESAMPLES = 1000
@@ -80,7 +82,13 @@ class Comparison:
 
 
 def compare(
-    first: str | Path, second: str | Path, *, page: Path | None = None, num_changed: int = 12, seed: int = 0
+    first: str | Path,
+    second: str | Path,
+    *,
+    page: Path | None = None,
+    num_changed: int = 12,
+    seed: int = 0,
+    settings: Settings | None = None,
 ) -> Comparison:
     """Compares two evaluations.
 
@@ -90,6 +98,7 @@ def compare(
         page: HTML file to write, with the samples that changed most side by side.
         num_changed: how many of them.
         seed: of the resampling.
+        settings: recorded as a run in MLflow with what was found; None records nothing.
 
     Raises:
         ConfigError: a folder holds no evaluation, or they are of different data or suites.
@@ -132,7 +141,24 @@ def compare(
     )
     if page is not None:
         _write_page(result, [(a, b) for _, _, a, b in changed], about[0]["data"]["uri"], page)
+    if settings is not None:
+        _record(result, about, settings)
     return result
+
+
+def _record(result: Comparison, about: list[dict[str, Any]], settings: Settings) -> None:
+    """A run in MLflow: both sides and their difference by figure, the page, and which runs were compared."""
+    with start_run(settings, kind="compare", data_digests={about[0]["suite"]: about[0]["data"]["digest"]}) as tracker:
+        for side, folder, evaluation in zip("ab", (result.first, result.second), about, strict=True):
+            known = {"folder": folder, "model": evaluation["model"], "run": evaluation.get("run_id") or ""}
+            tracker.set_tags({f"pixellm.compare.{side}.{name}": value for name, value in known.items()})
+        for difference in result.differences:
+            figures = asdict(difference) | {"change": difference.second - difference.first}
+            name = figures.pop("name")
+            tracker.log_metrics({f"{name}_{key}": value for key, value in figures.items()})
+        tracker.log_text(result.to_text(), "comparison/comparison.txt")
+        if result.page is not None:
+            tracker.log_artifact(result.page, "comparison")
 
 
 def _about(folder: str | Path) -> dict[str, Any]:

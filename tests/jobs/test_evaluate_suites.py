@@ -150,6 +150,28 @@ def test_two_evaluations_are_compared_question_by_question(shards: str, tmp_path
         compare(tmp_path / "a", tmp_path / "d")
 
 
+def test_a_comparison_is_recorded_as_a_run(shards: str, tmp_path: Path) -> None:
+    from pixellm.platform.tracking import connect_store, store_address
+
+    settings = Settings.model_validate({"name": "compare", "tracking": {"root": str(tmp_path / "mlflow")}})
+    for name, share in (("a", 0.5), ("b", 1.0)):
+        _run(shards, tmp_path / name, "muse", share)
+    compare(tmp_path / "a", tmp_path / "b", page=tmp_path / "compare.html", settings=settings)
+    client = connect_store(store_address(settings.tracking))
+    (run,) = client.search_runs(["1"])
+    assert run.info.status == "FINISHED"
+    assert (run.data.metrics["giou_first"], run.data.metrics["giou_second"], run.data.metrics["giou_low"]) == (
+        0.5,
+        1,
+        0.5,
+    )
+    assert run.data.metrics["giou_change"] == 0.5
+    assert run.data.tags["pixellm.compare.b.folder"] == str(tmp_path / "b")
+    assert run.data.tags["pixellm.kind"] == "compare"
+    found = {artifact.path for artifact in client.list_artifacts(run.info.run_id, "comparison")}
+    assert found == {"comparison/comparison.txt", "comparison/compare.html"}
+
+
 def test_the_results_are_recorded_as_a_run(shards: str, tmp_path: Path) -> None:
     from pixellm.platform.tracking import connect_store, store_address
 
