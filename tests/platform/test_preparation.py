@@ -53,6 +53,36 @@ def test_every_source_gives_the_known_counts_and_the_same_bytes_twice(fixture: S
     open_shards(tmp_path / "a" / "out").verify()
 
 
+@pytest.mark.drill  # 44 commands, each a driver that joins the cluster: about a minute and a half
+def test_the_command_line_prepares_every_source_twice_into_the_same_bytes(ray_cluster: str, tmp_path: Path) -> None:
+    script = """
+        import sys
+        from pathlib import Path
+        from typer.testing import CliRunner
+        from pixellm.cli import app
+        from tests.platform.source_fixtures import all_fixtures
+
+        for fixture in all_fixtures():
+            folder = Path(sys.argv[1]) / str(fixture)
+            (folder / "in").mkdir(parents=True)
+            fixture.build(folder / "in")
+            options = [str(part) for name, value in fixture.options.items() for part in ("--" + name, value)]
+            options = [option.replace("_", "-") if option.startswith("--") else option for option in options]
+            options += ["--skip-bad-masks"] if fixture.skip_bad_masks else []
+            for attempt in ("a", "b"):
+                command = ["data", "prepare", fixture.source, "--in", folder / "in", "--out", folder / attempt / "set"]
+                result = CliRunner().invoke(app, list(map(str, [*command, *options])))
+                assert result.exit_code == 0, f"{command}: {result.output}"
+    """
+    environment = {**os.environ, "RAY_ADDRESS": ray_cluster}
+    subprocess.run([sys.executable, "-c", textwrap.dedent(script), str(tmp_path)], check=True, env=environment)
+
+    for fixture in all_fixtures():
+        first, second = (files(tmp_path / str(fixture) / attempt / "set") for attempt in "ab")
+        assert first == second
+        assert "dataset.json" in first
+
+
 def test_ray_tasks_make_the_bytes_that_this_process_makes(ray_cluster: str, tmp_path: Path) -> None:
     seen: list[tuple[int, int | None]] = []
     here = prepare("coco", DEMO_DATA, tmp_path / "here" / "set", pictures_per_part=10)
