@@ -140,6 +140,11 @@ class PixelLMConfig(PreTrainedConfig):
         return self.clip_size // self.vision_config.patch_size
 
     @property
+    def decoder_positions(self) -> int:
+        """Positions of all maps that a target is decoded on."""
+        return self.patch_grid**2 + (4 * self.patch_grid**2 if self.num_scales > 1 else 0)
+
+    @property
     def clip_size(self) -> int:
         """Side in pixels of what the CLIP tower sees: the canvas."""
         return self.image_size

@@ -4,7 +4,7 @@ A folder's `config.json` says which: `model_type` is PixelLM's or LISA's, one of
 `pixellm-lisa-rec` and `pixellm-grounded-sam2`, which hold two models in subfolders.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from os import PathLike
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from pixellm.model.engine.types import GenerationOptions, SegmentRequest, Target
 from pixellm.model.networks import model_type_of
 from pixellm.model.segmentation import Picture, Segmentation, Segmenter, merged
 
-_TEXT_PROMPTED = {
+_TEXT_PROMPTED: dict[str, Callable[[str | PathLike[str], str], Segmenter]] = {
     "clipseg": ClipSegSegmenter,
     GROUNDED_SAM2: GroundedSam2Segmenter,
     "sam3": Sam3Segmenter,
@@ -82,7 +82,7 @@ def open_segmenter(
             for part in ("language", "lisa")
         )
         return LisaRecSegmenter(language, lisa)
-    engine = PixelLMEngine.from_pretrained(path, device=device, max_batch_size=batch_size)
+    engine = PixelLMEngine.from_pretrained(Path(path), device=device, max_batch_size=batch_size)
     return EngineSegmenter(engine, max_new_tokens=max_new_tokens)
 
 

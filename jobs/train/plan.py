@@ -227,8 +227,7 @@ def activation_bytes(train: TrainSettings, config: "PixelLMConfig", num_targets:
         tower *= vision.num_hidden_layers
     maps = config.num_scales * patches
     projectors = (2 * config.projector_hidden_size + text.hidden_size + 4 * config.decoder_hidden_size) * maps * width
-    decoder_positions = config.patch_grid**2 + (4 * config.patch_grid**2 if config.num_scales > 1 else 0)
-    decoder = rows * num_targets * decoder_positions * _DECODER_WIDTHS * config.decoder_hidden_size * width
+    decoder = rows * num_targets * config.decoder_positions * _DECODER_WIDTHS * config.decoder_hidden_size * width
     logits = positions * text.vocab_size * (width + 8)  # the head's output, its fp32 copy and that one's gradient
     return {
         "language": float(language),

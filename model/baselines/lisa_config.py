@@ -69,6 +69,11 @@ class LisaConfig(PixelLMConfig):
         return 4 * (self.image_size // int(self.sam_config.vision_config.patch_size))
 
     @property
+    def decoder_positions(self) -> int:
+        """Positions of SAM's map."""
+        return (self.mask_grid // 4) ** 2
+
+    @property
     def merges_targets(self) -> bool:
         """Whether an answer has one mask for all that is asked for."""
         return self.variant == "lisa"
