@@ -18,6 +18,7 @@ from pixellm.errors import ConfigError, PixelLMError
 from pixellm.evaluate_commands import compare, evaluate
 from pixellm.muse_commands import muse_app
 from pixellm.predict_commands import predict
+from pixellm.up_commands import down, status, up
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__.split("\n")[0]
@@ -34,8 +35,11 @@ app.add_typer(convert_app, name="convert")
 app.command()(evaluate)
 app.command()(compare)
 app.command()(predict)
+app.command()(status)
+app.command()(down)
 
 _OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
+app.command(context_settings=_OVERRIDES)(up)
 
 Config = Annotated[Path | None, typer.Option("--config", help="YAML recipe; dotted overrides follow: --train.lr=1e-4")]
 AsJson = Annotated[bool, typer.Option("--json", help="one JSON object on standard output, for programs")]

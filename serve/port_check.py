@@ -11,8 +11,14 @@ from pixellm.errors import ServingError
 _LISTEN = "0A"
 
 
-def check_port_is_free(host: str, port: int) -> None:
-    """Raises ServingError when nothing can listen on `host:port`; the message names the holder where it can be seen."""
+def check_port_is_free(host: str, port: int, *, option: str = "--port") -> None:
+    """Raises ServingError when nothing can listen on `host:port`; the message names the holder where it can be seen.
+
+    Args:
+        host: address to listen on.
+        port: the port.
+        option: what chooses another port, for the message.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -21,10 +27,10 @@ def check_port_is_free(host: str, port: int) -> None:
         except OSError as error:
             if error.errno == errno.EADDRINUSE:
                 raise ServingError(
-                    f"port {port} on {host} is already taken{_holder(port)}; choose another with --port"
+                    f"port {port} on {host} is already taken{_holder(port)}; choose another with {option}"
                 ) from None
             raise ServingError(
-                f"cannot listen on {host}:{port}: {error.strerror}; choose another with --host and --port"
+                f"cannot listen on {host}:{port}: {error.strerror}; choose another with --host and {option}"
             ) from None
 
 
