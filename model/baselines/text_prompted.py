@@ -72,7 +72,9 @@ class ClipSegSegmenter(TextPrompted):
 
     def masks_of(self, picture: Image.Image, prompts: Sequence[str]) -> list[list[Mask]]:
         """See `TextPrompted.masks_of`."""
-        pixels = pictures.pixel_values(picture, (self._side, self._side), pictures.IMAGENET).to(self.device)
+        pixels = pictures.pixel_values(picture, (self._side, self._side), pictures.IMAGENET).to(
+            self.device, self._model.dtype
+        )
         length = self._model.config.text_config.max_position_embeddings
         tokens = self._tokens(self._tokenizer, prompts, padding=True, max_length=length)
         logits = self._model(**tokens, pixel_values=pixels.expand(len(prompts), -1, -1, -1)).logits
@@ -101,7 +103,9 @@ class GroundedSam2Segmenter(TextPrompted):
         boxes = self._boxes(picture, prompts)
         if not any(map(len, boxes)):
             return [[] for _ in prompts]
-        pixels = pictures.pixel_values(picture, (self._side, self._side), pictures.IMAGENET).to(self.device)
+        pixels = pictures.pixel_values(picture, (self._side, self._side), pictures.IMAGENET).to(
+            self.device, self._sam.dtype
+        )
         prompted = torch.cat(boxes)[None] * self._side
         logits = self._sam(pixel_values=pixels, input_boxes=prompted, multimask_output=False).pred_masks[0, :, 0]
         masks = iter(pictures.masks_at_size(logits, picture.size[::-1]))
@@ -110,7 +114,7 @@ class GroundedSam2Segmenter(TextPrompted):
     def _boxes(self, picture: Image.Image, prompts: Sequence[str]) -> list[Tensor]:
         """Per prompt [N, 4] corners, x before y, in shares of the picture."""
         size = pictures.size_within(picture, *self._edges)
-        pixels = pictures.pixel_values(picture, size, pictures.IMAGENET).to(self.device)
+        pixels = pictures.pixel_values(picture, size, pictures.IMAGENET).to(self.device, self._detector.dtype)
         tokens = self._tokens(self._tokenizer, [f"{prompt.lower()}." for prompt in prompts], padding=True)
         output = self._detector(**tokens, pixel_values=pixels.expand(len(prompts), -1, -1, -1))
         scores = output.logits.sigmoid().amax(-1)
@@ -133,7 +137,9 @@ class Sam3Segmenter(TextPrompted):
 
     def masks_of(self, picture: Image.Image, prompts: Sequence[str]) -> list[list[Mask]]:
         """See `TextPrompted.masks_of`."""
-        pixels = pictures.pixel_values(picture, (self._side, self._side), pictures.HALVES).to(self.device)
+        pixels = pictures.pixel_values(picture, (self._side, self._side), pictures.HALVES).to(
+            self.device, self._model.dtype
+        )
         seen = self._model.get_vision_features(pixels)
         length = self._model.config.text_config.max_position_embeddings
         found = []

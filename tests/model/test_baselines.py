@@ -9,7 +9,9 @@ from baseline_folders import BASELINES, write_lisa, write_llava
 from PIL import Image
 from safetensors.torch import save_file
 from transformers import SamConfig, SamModel
+from typer.testing import CliRunner
 
+from pixellm.cli import app
 from pixellm.errors import ConfigError, ModelLoadError
 from pixellm.model.baselines import text_prompted
 from pixellm.model.baselines.lisa import LisaForConditionalGeneration, clip_pixels
@@ -20,7 +22,7 @@ from pixellm.model.baselines.off_the_shelf import CLIPSEG, GROUNDING_DINO, SAM2,
 from pixellm.model.config import PixelLMConfig
 from pixellm.model.conversation import MERGED_ANSWER, merge_targets
 from pixellm.model.engine import PixelLMEngine
-from pixellm.model.networks import load_network, meta_network
+from pixellm.model.networks import load_config, load_network, meta_network
 from pixellm.model.processing import PixelLMProcessor
 from pixellm.model.segmentation import Segmenter, merged
 from pixellm.model.segmenter import open_segmenter
@@ -172,7 +174,10 @@ def test_lisas_sam_is_transformers_sam_prompted_with_an_embedding(released: Path
 
 
 def test_a_converted_lisa_answers(released: Path, tmp_path: Path) -> None:
-    convert_lisa(released, tmp_path / "ours", released / "clip", variant="lisa_aug")
+    command = ["convert", "lisa", str(released), str(tmp_path / "ours"), "--vision", str(released / "clip")]
+    said = CliRunner().invoke(app, [*command, "--variant", "lisa_aug"])
+    assert said.exit_code == 0, said.output
+    assert load_config(tmp_path / "ours").merges_targets is False
     with PixelLMEngine.from_pretrained(tmp_path / "ours") as engine:
         assert engine.segment(PICTURE, QUESTIONS[0], max_new_tokens=4).usage.image_tokens == 4
         assert engine.processor.token_ids.codebook == (engine.model.config.codebook_token_ids[0],)
