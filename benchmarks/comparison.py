@@ -54,7 +54,7 @@ class Budget:
     questions: int
 
 
-QUICK, WHOLE = Budget(60, 500, 48), Budget(450, 4000, 300)
+QUICK, WHOLE = Budget(60, 500, 48), Budget(500, 4000, 300)
 
 
 def make_data(folder: Path, budget: Budget) -> None:
