@@ -105,26 +105,28 @@ def up(
         state = read_state(folder)
         if state is None or not any(is_running(part.process) for part in state.parts.values()):
             if state is not None:
-                _end(folder, state, PARTS)  # what a part that died may have left
+                _clear(folder, _end(folder, state, PARTS))  # what parts that died may have left
                 folder.mkdir(exist_ok=True, mode=0o700)
             state = State(secrets.token_hex(8), tempfile.mkdtemp(prefix="pixellm-ray-"), ports)
         elif ports != state.ports:
             raise ConfigError(f"{folder} is up at {state.ports}; wanted {ports}: run `pixellm down` first")
         commands = _commands(state, settings, model, host, num_cpus, service_words)
+        store = store_address(settings.tracking)
         note = _why_not_served(model, settings)
         started: list[str] = []
         try:
             for name in PARTS:
                 if (name in state.parts and is_running(state.parts[name].process)) or (name == "service" and note):
                     continue
-                if name in state.parts:  # it died; what it had started may live and hold its port
-                    stop(state.parts[name].process, f"{state.mark}.{name}", _STOP_TIMEOUT_S[name])
+                # It died: what it had started may live and hold its port. And no service outlives its Ray.
+                state = _end(folder, state, ("ray", "service") if name == "ray" else (name,))
                 _check_ports(name, state.ports, host)
                 started.append(name)
-                state = _start(folder, state, name, commands[name], _urls(state.ports, host)[name])
+                state = _start(folder, state, name, commands[name], _urls(state.ports, host)[name], store)
                 _wait_until_it_answers(folder, state.parts[name], name)
         except BaseException:
-            _end(folder, state, started)
+            if not _end(folder, state, started).parts:
+                _clear(folder, state)
             raise
         _write_prometheus(folder, state.ports, host)
         return _report(folder, state, note)
@@ -141,7 +143,7 @@ def down(folder: Path) -> bool:
     with alone_in(folder):
         state = read_state(folder)
         if state is not None:
-            _end(folder, state, PARTS)
+            _clear(folder, _end(folder, state, PARTS))
     return state is not None
 
 
@@ -162,15 +164,15 @@ def _commands(
     num_cpus: int | None,
     service_words: Sequence[str],
 ) -> dict[str, list[str]]:
-    ports, store = state.ports, store_address(settings.tracking)
+    ports = state.ports
     root = settings.tracking.root
     words = ["start", "--head", "--block", "--disable-usage-stats", "--include-dashboard=true"]
     words += [f"--port={ports.ray}", "--node-ip-address=127.0.0.1", f"--temp-dir={state.ray_dir}"]
     words += ["--dashboard-host=127.0.0.1", f"--dashboard-port={ports.dashboard}"]
     words += [f"--metrics-export-port={ports.metrics}", *([f"--num-cpus={num_cpus}"] if num_cpus else [])]
-    mlflow = ["server", "--host=127.0.0.1", f"--port={ports.mlflow}", "--workers=1", f"--backend-store-uri={store}"]
+    mlflow = ["server", "--host=127.0.0.1", f"--port={ports.mlflow}", "--workers=1"]
     serve = ["serve", "--model", model, "--host", host, "--port", str(ports.service), *service_words]
-    serve += [f"--cluster.address=127.0.0.1:{ports.ray}", f"--tracking.uri={store}"]
+    serve += [f"--cluster.address=127.0.0.1:{ports.ray}"]
     serve += [f"--tracking.root={root if '://' in root else Path(root).absolute()}"]
     python = [sys.executable, "-P", "-m"]
     return {
@@ -207,7 +209,7 @@ def _why_not_served(model: str, settings: Settings) -> str:
     return ""
 
 
-def _start(folder: Path, state: State, name: str, command: list[str], url: str) -> State:
+def _start(folder: Path, state: State, name: str, command: list[str], url: str, store: str) -> State:
     token = folder / _TOKEN
     if not token.exists():
         token.touch(mode=0o600)
@@ -215,6 +217,8 @@ def _start(folder: Path, state: State, name: str, command: list[str], url: str) 
     environment = (
         os.environ | _RAY_VARIABLES | {MARK: f"{state.mark}.{name}", "RAY_AUTH_TOKEN_PATH": str(token.absolute())}
     )
+    # By the environment: a store's address may hold a password, and command lines are everybody's to read.
+    environment |= {"MLFLOW_TRACKING_URI": store, "MLFLOW_BACKEND_STORE_URI": store}
     for variable in ("RAY_ADDRESS", "RAY_AUTH_TOKEN"):  # of another cluster
         environment.pop(variable, None)
     with (folder / f"{name}.log").open("ab") as log:
@@ -257,17 +261,17 @@ def _last_lines(folder: Path, name: str) -> str:
     return errors[-1].removeprefix("error: ") if errors else " | ".join(lines[-3:])[:600] or "its log is empty"
 
 
-def _end(folder: Path, state: State, names: Sequence[str]) -> None:
-    """Ends these parts, the last started first; the rest of the state stays."""
+def _end(folder: Path, state: State, names: Sequence[str]) -> State:
+    """Ends these parts, the last started first, and returns what is left; its files stay."""
     kept = dict(state.parts)
     for name in reversed([name for name in PARTS if name in names]):
         part = kept.pop(name, None)
         if part is not None:
             stop(part.process, f"{state.mark}.{name}", _STOP_TIMEOUT_S[name])
+    left = replace(state, parts=kept)
     if kept:
-        write_state(folder, replace(state, parts=kept))
-    else:
-        _clear(folder, state)
+        write_state(folder, left)
+    return left
 
 
 def _clear(folder: Path, state: State) -> None:

@@ -16,7 +16,7 @@ STATE_FILE = "state.json"
 
 @dataclass(frozen=True)
 class Ports:
-    """Where things listen; all but the service's on 127.0.0.1 alone."""
+    """Where things listen: MLflow and the dashboard on 127.0.0.1, Ray's control store and metrics on every address."""
 
     service: int = 8000
     mlflow: int = 5000

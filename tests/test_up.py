@@ -118,7 +118,7 @@ def short_folder() -> Iterator[Path]:
 
 @pytest.mark.drill
 @pytest.mark.timeout(600)
-def test_up_status_and_down_for_real(short_folder: Path) -> None:
+def test_up_status_and_down_for_real(short_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ray, MLflow and the service of a tiny model come up, a killed part comes again alone, and nothing is left."""
     from pixellm import PixelLMConfig, PixelLMForConditionalGeneration
     from pixellm.jobs.train.build import build_processor
@@ -154,6 +154,9 @@ def test_up_status_and_down_for_real(short_folder: Path) -> None:
         assert "ray_node_mem_used" in httpx.get(f"http://127.0.0.1:{metrics}/metrics").text
         assert "pixellm_model_info" in httpx.get(f"{first['parts']['service']['url']}/metrics").text
         assert httpx.get(f"{first['parts']['ray']['url']}/api/jobs/").status_code == 401  # no token, no jobs
+        monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(state / "ray_token"))
+        listed = [sys.executable, "-m", "pixellm.cli", "jobs", "list", "--address", first["parts"]["ray"]["url"]]
+        assert subprocess.run(listed, cwd=short_folder, check=False, timeout=120).returncode == 0
 
         os.kill(first["parts"]["mlflow"]["pid"], 9)
         wait_until(lambda: status(state).parts["mlflow"]["state"] == "ended")

@@ -90,6 +90,17 @@ def test_benchmarks_that_pages_name_exist() -> None:
             assert (REPOSITORY / f"{module.replace('.', '/')}.py").exists(), (page.name, module)
 
 
+def test_files_that_pages_name_exist() -> None:
+    """Paths in backticks that begin with one of our folders; `…` and capitals stand for something else."""
+    folders = "|".join(["model", "platform", "jobs", "serve", "pixellm", "recipes", "tests", "benchmarks", "deploy"])
+    named = 0
+    for page in PAGES:
+        for path in re.findall(rf"`((?:{folders})/[a-z0-9_./-]*)`", page.read_text(encoding="utf-8")):
+            named += 1
+            assert (REPOSITORY / path).exists(), (page.name, path)
+    assert named > 40
+
+
 def test_links_of_the_readme_lead_somewhere() -> None:
     text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
     targets = re.findall(r"\]\(([^)#]+)", text)
