@@ -7,7 +7,7 @@ converter.
 
 import re
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from os import PathLike
 from typing import Any
 
@@ -47,6 +47,26 @@ _PROJECTOR = re.compile(
 _LEFT_OUT = re.compile(r"(?:model\.)?(?:vision_tower|image_newline)\b")
 
 
+@dataclass(frozen=True)
+class ExtraParts:
+    """Weights of a further model that a baseline is put together from.
+
+    Attributes:
+        source: its files.
+        names: our name by its key; other keys are left out.
+        config_class: of the baseline.
+    """
+
+    source: WeightFiles
+    names: dict[str, str]
+    config_class: type[PixelLMConfig]
+
+    @property
+    def shapes(self) -> Shapes:
+        """By our name."""
+        return {self.names[key]: shape for key, shape in self.source.shapes().items() if key in self.names}
+
+
 def init_model(
     llm: str | PathLike[str],
     vision: str | PathLike[str],
@@ -58,6 +78,7 @@ def init_model(
     seed: int = 0,
     projector: str = "new",
     dtype: torch.dtype | None = None,
+    extra: ExtraParts | None = None,
     **overrides: Any,
 ) -> AssemblyReport:
     """Makes a model folder to train from.
@@ -72,7 +93,8 @@ def init_model(
         seed: of all that is drawn.
         projector: `"new"` draws the vision-to-language projector; `"llava"` takes LLaVA's own.
         dtype: to store weights in; None keeps the towers' and gives new parts the language model's.
-        **overrides: fields of `PixelLMConfig`.
+        extra: a baseline's further part, see `baselines.lisa_init`.
+        **overrides: fields of the configuration.
 
     Raises:
         ModelLoadError: a source that lacks weights or files, or holds unknown ones.
@@ -98,9 +120,11 @@ def init_model(
         "im_start_id": ids.im_start,
         "im_end_id": ids.im_end,
     }
-    config = PixelLMConfig(**_derived_fields(fields, shapes, names, projector), **overrides)
+    config_class = PixelLMConfig if extra is None else extra.config_class
+    config = config_class(**(_derived_fields(fields, shapes, names, projector) | overrides))
     wanted = weight_shapes(config)
-    _check_sources(shapes, names, {vision_names[key]: shape for key, shape in vision_shapes.items()}, wanted)
+    others = {vision_names[key]: shape for key, shape in vision_shapes.items()}
+    _check_sources(shapes, names, others | ({} if extra is None else extra.shapes), wanted)
     generator = torch.Generator().manual_seed(seed)
     with new_folder(out) as folder:
         writer = ModelFolderWriter(folder, config, wanted)
@@ -112,6 +136,8 @@ def init_model(
             copy_file(writer, source, file, names, dtype, lengthened)
         for file in tower.files:
             copy_file(writer, tower, file, vision_names, dtype)
+        for file in () if extra is None else extra.source.files:
+            copy_file(writer, extra.source, file, extra.names, dtype)
         new_dtype = dtype or _embedding_dtype(source, names)
         new = draw_new_parts(config, seed)
         if "lm_head.weight" not in writer.weight_map:  # tied in the source; ours are separate
@@ -164,7 +190,7 @@ def draw_new_parts(config: PixelLMConfig, seed: int) -> dict[str, Tensor]:
     weights: dict[str, Tensor] = {}
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
-        for part in _NEW_PARTS:
+        for part in (part for part in _NEW_PARTS if hasattr(model, part)):
             module = model.get_submodule(part).to_empty(device="cpu")
             for child in module.modules():
                 child._is_hf_initialized = False

@@ -441,11 +441,17 @@ def init(
     num_scales: Annotated[int, typer.Option("--num-scales", min=1, max=3)] = 2,
     image_size: Annotated[int, typer.Option("--image-size", min=28)] = 448,
     seed: Annotated[int, typer.Option("--seed", min=0)] = 0,
+    sam: Annotated[str | None, typer.Option("--sam", help="a Segment Anything: starts the baseline LISA")] = None,
     as_json: AsJson = False,
 ) -> None:
     """How a real run starts: a pretrained language model and CLIP tower plus freshly drawn PixelLM parts."""
+    from pixellm.model.baselines.lisa_init import init_lisa
     from pixellm.model.init import init_model
 
+    if sam is not None:
+        report = init_lisa(llm, vision, sam, out, seed=seed)
+        _print(report.to_json_dict(), report.to_text(), as_json)
+        return
     report = init_model(
         llm, vision, out, tokens_per_scale=tokens_per_scale, num_scales=num_scales, image_size=image_size, seed=seed
     )

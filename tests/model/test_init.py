@@ -9,8 +9,11 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPModel, LlamaConfig, LlamaForCausalLM
 
 from pixellm.errors import ConfigError, ModelLoadError
+from pixellm.model.baselines.lisa import LisaForConditionalGeneration
+from pixellm.model.baselines.lisa_init import init_lisa
 from pixellm.model.init import init_model
 from pixellm.model.modeling import PixelLMForConditionalGeneration
+from pixellm.model.networks import load_network
 from pixellm.model.processing import PixelLMProcessor
 from pixellm.model.tokenization import load_tiny_tokenizer
 
@@ -177,3 +180,38 @@ def test_sources_that_make_no_model_say_why(tmp_path: Path) -> None:
     assert "neither Llama's nor LLaVA-1.5's" in refusal(ModelLoadError, llm=tmp_path / "clip")
     (tmp_path / "llm" / "tokenizer.json").unlink()
     assert "has no tokenizer" in refusal(ModelLoadError)
+
+
+def test_lisa_starts_from_a_llava_a_clip_and_a_sam(tmp_path: Path) -> None:
+    from transformers import SamConfig, SamModel
+
+    torch.manual_seed(3)
+    decoder = {"hidden_size": 32, "mlp_dim": 40, "num_attention_heads": 2, "iou_head_hidden_dim": 24}
+    encoder = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "mlp_dim": 24, "image_size": 64}
+    encoder |= {"output_channels": 32, "window_size": 2, "global_attn_indexes": [1], "num_pos_feats": 16}
+    prompt = {"hidden_size": 32, "image_size": 64}
+    config = SamConfig(vision_config=encoder, mask_decoder_config=decoder, prompt_encoder_config=prompt)
+    sam = SamModel(config)
+    sam.save_pretrained(tmp_path / "sam")
+    llama, clip = write_llama(tmp_path / "llm", layout="llava-hf"), write_clip(tmp_path / "clip")
+    sources = (tmp_path / "llm", tmp_path / "clip", tmp_path / "sam")
+    assert init_lisa(*sources, tmp_path / "out", variant="lisa_aug").has_tokenizer
+    lisa = load_network(tmp_path / "out")
+    assert isinstance(lisa, LisaForConditionalGeneration)
+    assert lisa.config.num_image_tokens == 16
+    pairs = {
+        "language_model.layers.1.mlp.up_proj.weight": llama["model.layers.1.mlp.up_proj.weight"],
+        "image_projector.layers.2.bias": llama["projector.2.bias"],
+        "vision_tower.post_layernorm.weight": clip["vision_model.post_layernorm.weight"],
+        "sam_encoder.layers.1.attn.qkv.weight": sam.vision_encoder.layers[1].attn.qkv.weight,
+        "decoder.mask_decoder.iou_token.weight": sam.mask_decoder.iou_token.weight,
+        "decoder.positions.matrix": sam.shared_image_embedding.positional_embedding,
+    }
+    for name, wanted in pairs.items():
+        torch.testing.assert_close(lisa.state_dict()[name], wanted.detach())
+    trained = {"projectors", "embeddings", "codebook", "decoder"}
+    lisa.set_trainable_parts(trained)
+    assert {lisa.part_of(n) for n, p in lisa.named_parameters() if p.requires_grad} == trained - {"projectors"}
+    processor = PixelLMProcessor.from_pretrained(tmp_path / "out")
+    assert not processor.merges_targets
+    assert lisa.config.codebook_token_ids == list(processor.token_ids.codebook)
