@@ -38,6 +38,9 @@ class PictureRouter(RequestRouter):
         """Replicas by rank; Serve takes the least busy of the first rank that has room."""
         if not candidate_replicas:
             return []
+        if pending_request is not None:
+            # Otherwise Ray Serve asks full replicas again without a pause, and what they do to answer slows the engine.
+            pending_request.routing_context.should_backoff = True
         question = pending_request.args[0] if pending_request is not None and pending_request.args else None
         digest = question.picture_digest if isinstance(question, Question) else ""
         pair = random.sample(candidate_replicas, min(2, len(candidate_replicas)))

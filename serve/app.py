@@ -41,6 +41,8 @@ APP_NAME = "pixellm"
 INGRESS_DEPLOYMENT = "ingress"
 FLEET_DEPLOYMENT = "fleet"
 
+#: How long a freed place on a replica may wait for a queued question: Serve looks again that often.
+_LONGEST_WAIT_FOR_ROOM_S = 0.1
 _WAKE_UP_S = 0.5
 _LOGGING = {"log_level": "WARNING", "enable_access_log": False}
 
@@ -175,6 +177,7 @@ def engine_application(
         request_router_config=RequestRouterConfig(
             request_router_class="pixellm.serve.affinity.PictureRouter",
             request_router_kwargs={"busy_at": settings.target_ongoing_requests},
+            max_backoff_s=_LONGEST_WAIT_FOR_ROOM_S,
         ),
         max_ongoing_requests=settings.max_ongoing_requests,
         max_queued_requests=settings.max_queued_requests,
