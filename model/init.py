@@ -136,8 +136,9 @@ def init_model(
             copy_file(writer, source, file, names, dtype, lengthened)
         for file in tower.files:
             copy_file(writer, tower, file, vision_names, dtype)
-        for file in () if extra is None else extra.source.files:
-            copy_file(writer, extra.source, file, extra.names, dtype)
+        if extra is not None:
+            for file in extra.source.files:
+                copy_file(writer, extra.source, file, extra.names, dtype)
         new_dtype = dtype or _embedding_dtype(source, names)
         new = draw_new_parts(config, seed)
         if "lm_head.weight" not in writer.weight_map:  # tied in the source; ours are separate
