@@ -106,27 +106,28 @@ def up(
         if state is None or not any(is_running(part.process) for part in state.parts.values()):
             if state is not None:
                 _clear(folder, _end(folder, state, PARTS))  # what parts that died may have left
-                folder.mkdir(exist_ok=True, mode=0o700)
             state = State(secrets.token_hex(8), tempfile.mkdtemp(prefix="pixellm-ray-"), ports)
         elif ports != state.ports:
             raise ConfigError(f"{folder} is up at {state.ports}; wanted {ports}: run `pixellm down` first")
-        commands = _commands(state, settings, model, host, num_cpus, service_words)
-        store = store_address(settings.tracking)
-        note = _why_not_served(model, settings)
         started: list[str] = []
         try:
-            for name in PARTS:
-                if (name in state.parts and is_running(state.parts[name].process)) or (name == "service" and note):
-                    continue
-                # It died: what it had started may live and hold its port. And no service outlives its Ray.
-                state = _end(folder, state, ("ray", "service") if name == "ray" else (name,))
+            commands = _commands(state, settings, model, host, num_cpus, service_words)
+            store = store_address(settings.tracking)
+            note = _why_not_served(model, settings)
+            missing = _missing(state)
+            state = _end(folder, state, missing)  # it died, but what it had started may live and hold its port
+            to_start = [name for name in missing if not (name == "service" and note)]
+            for name in to_start:
                 _check_ports(name, state.ports, host)
+            for name in to_start:
                 started.append(name)
                 state = _start(folder, state, name, commands[name], _urls(state.ports, host)[name], store)
                 _wait_until_it_answers(folder, state.parts[name], name)
         except BaseException:
-            if not _end(folder, state, started).parts:
+            state = _end(folder, state, started)
+            if not state.parts:
                 _clear(folder, state)
+                _remove_if_empty(folder)
             raise
         _write_prometheus(folder, state.ports, host)
         return _report(folder, state, note)
@@ -144,6 +145,7 @@ def down(folder: Path) -> bool:
         state = read_state(folder)
         if state is not None:
             _clear(folder, _end(folder, state, PARTS))
+        _remove_if_empty(folder)
     return state is not None
 
 
@@ -188,6 +190,12 @@ def _urls(ports: Ports, host: str) -> dict[str, str]:
         "mlflow": f"http://127.0.0.1:{ports.mlflow}",
         "service": f"http://{reachable(host)}:{ports.service}",
     }
+
+
+def _missing(state: State) -> list[str]:
+    """The parts that do not run, in the order of their start; no service outlives its Ray."""
+    dead = [name for name in PARTS if name not in state.parts or not is_running(state.parts[name].process)]
+    return [name for name in PARTS if name in dead or (name == "service" and "ray" in dead)]
 
 
 def _check_ports(name: str, ports: Ports, host: str) -> None:
@@ -278,6 +286,9 @@ def _clear(folder: Path, state: State) -> None:
     shutil.rmtree(state.ray_dir, ignore_errors=True)
     for name in (_TOKEN, _PROMETHEUS, *(f"{part}.log" for part in PARTS), STATE_FILE):
         (folder / name).unlink(missing_ok=True)
+
+
+def _remove_if_empty(folder: Path) -> None:
     with suppress(OSError):  # it holds something that is not ours
         folder.rmdir()
 

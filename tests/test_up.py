@@ -17,7 +17,7 @@ import pytest
 from pixellm.errors import ConfigError, ServingError
 from pixellm.platform.processes import MARK, ProcessId, identify, is_running
 from pixellm.platform.settings import load_settings
-from pixellm.up import down, status, up
+from pixellm.up import _missing, down, status, up
 from pixellm.up_state import STATE_FILE, Part, Ports, State, alone_in, read_state, write_state
 
 
@@ -98,6 +98,38 @@ def test_a_taken_port_is_named_with_the_option_that_changes_it_and_nothing_is_le
         with pytest.raises(ServingError, match=r"already taken by process \d+ .*--dashboard-port"):
             up(tmp_path / "up", settings, model="models:/pixellm@champion", ports=ports)
     assert not (tmp_path / "up").exists()
+
+
+def test_every_port_is_looked_at_before_anything_starts(tmp_path: Path) -> None:
+    settings = load_settings(None, [f"tracking.root={tmp_path / 'mlflow'}"])
+    service, dashboard, ray, metrics = free_ports(4)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        ports = Ports(service, taken.getsockname()[1], dashboard, ray, metrics)
+        begun = time.time()
+        with pytest.raises(ServingError, match="--mlflow-port"):
+            up(tmp_path / "up", settings, model="models:/pixellm@champion", ports=ports)
+    assert not (tmp_path / "up").exists()
+    made = Path(tempfile.gettempdir()).glob("pixellm-ray-*")
+    assert [folder for folder in made if folder.stat().st_mtime >= begun and not any(folder.iterdir())] == []
+
+
+def test_a_service_goes_with_its_ray_and_mlflow_stays(tmp_path: Path) -> None:
+    me = identify(os.getpid())
+    assert me is not None
+    alive, dead = (
+        Part(me, "http://127.0.0.1:1"),
+        Part(ProcessId(os.getpid(), "an-earlier-boot:1"), "http://127.0.0.1:1"),
+    )
+    for ray, service, expected in (
+        (alive, alive, []),
+        (alive, dead, ["service"]),
+        (dead, alive, ["ray", "service"]),
+    ):
+        state = state_of({"ray": ray, "mlflow": alive, "service": service}, tmp_path)
+        assert _missing(state) == expected
+    assert _missing(state_of({}, tmp_path)) == ["ray", "mlflow", "service"]
 
 
 def free_ports(count: int) -> list[int]:
