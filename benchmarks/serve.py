@@ -49,6 +49,7 @@ NUM_THREADS = 1
 SETTINGS = ServeSettings(
     max_replicas=1,
     threads_per_replica=NUM_THREADS,
+    max_batch_size=16,
     max_ongoing_requests=16,
     max_queued_requests=16,  # a burst counts as queued until each of it has a replica
     target_ongoing_requests=16,
@@ -223,8 +224,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 def plain() -> Asker:
                     return Asker(plain_url, image, expected)
 
-                result |= measure_overhead(engine, ours(), image, 15 if options.quick else 41)
-                result |= compare_throughput(ours, plain, 16 if options.quick else 32, 3 if options.quick else 5)
+                result |= measure_overhead(engine, ours(), image, 25 if options.quick else 41)
+                result |= compare_throughput(ours, plain, 32, 3 if options.quick else 5)
                 result |= measure_streams(service.url, image, 12 if options.quick else 40)
                 result |= measure_overload(ours, result["answers_per_s"], 15 if options.quick else 40)
     result["seconds"] = round(time.perf_counter() - started, 1)
