@@ -8,8 +8,9 @@ mean to the caller (`train.output_dir`, `tracking.root` and existing data are ma
 elsewhere). On another machine, paths must be absolute on storage that all nodes share, or URIs.
 """
 
+import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -20,7 +21,10 @@ from pixellm.platform.settings import ClusterSettings, Settings, from_environmen
 RECIPE_FILE = "recipe.yaml"
 
 _WITH_SETTINGS = ("train", "serve")
-_OPTIONS_WITH_VALUE = ("--address",)
+_OPTIONS_WITH_VALUE = ("--address", "--secret")
+_SECRET_WORDS = ("KEY", "TOKEN", "SECRET", "PASSWORD")
+_LEAST_SECRET = 8
+_VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]{0,63}")
 _STOP_WAIT_S = 120
 
 
@@ -31,6 +35,7 @@ class SubmitOptions:
     address: str | None
     wait: bool
     command: tuple[str, ...]
+    secrets: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -51,16 +56,17 @@ class Submission:
 
 
 def parse_submit_words(words: Sequence[str]) -> SubmitOptions:
-    """Separates `--address URL`, `--wait` and `--follow` from the command that is submitted.
+    """Separates `--address URL`, `--secret NAME`, `--wait` and `--follow` from the command that is submitted.
 
     Args:
         words: e.g. ["train", "--config", "recipes/tiny.yaml", "--address", "http://127.0.0.1:8265", "--wait"].
 
     Raises:
-        ConfigError: no command, or `--address` without a value.
+        ConfigError: no command, an option without its value, or a secret's value where its name is wanted.
     """
     address: str | None = None
     wait = False
+    secrets: list[str] = []
     command: list[str] = []
     rest = list(words)
     while rest:
@@ -68,8 +74,15 @@ def parse_submit_words(words: Sequence[str]) -> SubmitOptions:
         name, equals, value = word.partition("=")
         if name in _OPTIONS_WITH_VALUE:
             if not equals and not rest:
-                raise ConfigError("--address needs a value, e.g. --address http://127.0.0.1:8265")
-            address = value if equals else rest.pop(0)
+                example = "http://127.0.0.1:8265" if name == "--address" else "OPENAI_API_KEY"
+                raise ConfigError(f"{name} needs a value, e.g. {name} {example}")
+            given = value if equals else rest.pop(0)
+            if name == "--address":
+                address = given
+            elif _VARIABLE.fullmatch(given):
+                secrets.append(given)
+            else:
+                raise ConfigError("--secret takes the name of a variable, e.g. OPENAI_API_KEY, never its value")
         elif word in ("--wait", "--follow"):
             wait = True
         else:
@@ -80,16 +93,19 @@ def parse_submit_words(words: Sequence[str]) -> SubmitOptions:
         raise ConfigError(
             f"{command[0]!r} runs where you are, it is not submitted; wanted train, evaluate, predict, data …"
         )
-    return SubmitOptions(address, wait, tuple(command))
+    return SubmitOptions(address, wait, tuple(command), tuple(secrets))
 
 
-def plan_submission(command: Sequence[str], *, caller_dir: Path, is_head_local: bool) -> Submission:
+def plan_submission(
+    command: Sequence[str], *, caller_dir: Path, is_head_local: bool, secrets: Sequence[str] = ()
+) -> Submission:
     """Plans the job of a command.
 
     Args:
         command: the words after `pixellm`.
         caller_dir: absolute; relative paths are the caller's.
         is_head_local: whether the cluster's head runs on this machine.
+        secrets: names of variables that the job checks for before it starts.
 
     Raises:
         ConfigError: the recipe cannot be used, or names a place that the cluster does not share.
@@ -107,7 +123,28 @@ def plan_submission(command: Sequence[str], *, caller_dir: Path, is_head_local: 
         entrypoint += f' --config "{"$OLDPWD" if is_head_local else "$PWD"}/{RECIPE_FILE}"'
     if is_head_local:
         entrypoint = f"cd {shlex.quote(str(caller_dir))} && exec {entrypoint}"
-    return Submission(entrypoint, files, _environment(), {"pixellm.command": shlex.join(command)[:1000]})
+    variables = _environment() | ({"PIXELLM_SECRETS": ",".join(secrets)} if secrets else {})
+    return Submission(entrypoint, files, variables, {"pixellm.command": shlex.join(command)[:1000]})
+
+
+def refuse_secrets(plan: Submission, environment: Mapping[str, str]) -> None:
+    """Looks for the values of the caller's secrets in what everybody with access to the dashboard can read.
+
+    Args:
+        plan: of the job.
+        environment: the caller's; variables whose names speak of a key, token, secret or password are secrets.
+
+    Raises:
+        ConfigError: one of them stands there in clear; it is named, not shown.
+    """
+    texts = [plan.entrypoint, *plan.files.values(), *plan.env_vars.values(), *plan.metadata.values()]
+    for name, value in environment.items():
+        is_secret = any(word in name.upper() for word in _SECRET_WORDS) and len(value) >= _LEAST_SECRET
+        if is_secret and any(value in text for text in texts):
+            raise ConfigError(
+                f"the value of {name} stands in the command or its recipe, and a job shows both to everybody; set "
+                f"{name} where the cluster is started and give its name: --secret {name}"
+            )
 
 
 def _take_settings(words: list[str]) -> tuple[Settings, list[str]]:

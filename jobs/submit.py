@@ -4,6 +4,7 @@ A job is the wheel of the code that is running here, a small working directory w
 command (`pixellm.jobs.submission`). Its exit code is this command's exit code.
 """
 
+import os
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pixellm.jobs.cluster_state import check_python, waiting_is_said
 from pixellm.jobs.job_client import (
     ENDED,
     EXIT_STOPPED,
@@ -21,8 +23,9 @@ from pixellm.jobs.job_client import (
     open_client,
     submit_job,
 )
-from pixellm.jobs.submission import Submission, parse_submit_words, plan_submission
+from pixellm.jobs.submission import Submission, parse_submit_words, plan_submission, refuse_secrets
 from pixellm.platform.cluster import runtime_env
+from pixellm.platform.settings import from_environment
 from pixellm.platform.wheel import build_wheel
 
 
@@ -56,23 +59,26 @@ class JobList:
         return "\n".join(f"{job.job_id}  {job.status:<9}  {job.command}" for job in self.jobs)
 
 
-def submit(command: Sequence[str], *, address: str | None = None) -> JobHandle:
+def submit(command: Sequence[str], *, address: str | None = None, secrets: Sequence[str] = ()) -> JobHandle:
     """Submits a pixellm command to a cluster.
 
     Args:
         command: the words after `pixellm`, e.g. ["train", "--config", "recipes/tiny.yaml", "--train.steps=100"].
         address: the cluster's dashboard, http://host:port; None: `RAY_API_SERVER_ADDRESS` or `RAY_ADDRESS`.
+        secrets: names of variables that the job needs and the cluster holds; only the names travel.
 
     Returns:
         The job; it runs whether or not anybody waits for it.
 
     Raises:
-        ConfigError: the address, the recipe or a path in it cannot be used.
-        ClusterError: nothing answers there, it refuses us, or the wheel cannot be built.
+        ConfigError: the address, the recipe or a path in it cannot be used, or a secret stands in them.
+        ClusterError: nothing answers there, it refuses us or runs another Python, or the wheel cannot be built.
     """
     url = dashboard_url(address)
     client = open_client(url)
-    plan = plan_submission(command, caller_dir=Path.cwd(), is_head_local=is_head_here(url))
+    check_python(url)
+    plan = plan_submission(command, caller_dir=Path.cwd(), is_head_local=is_head_here(url), secrets=secrets)
+    refuse_secrets(plan, os.environ)
     with tempfile.TemporaryDirectory(prefix="pixellm-submit-") as scratch:
         working_dir = Path(scratch) / "job"
         working_dir.mkdir()
@@ -93,13 +99,16 @@ def submit_from_command_line(words: Sequence[str], *, address: str | None = None
     """
     options = parse_submit_words(words)
     url = dashboard_url(options.address or address)
-    job = submit(options.command, address=url)
-    print(f"job {job.job_id} submitted to {url}", flush=True)
+    job = submit(options.command, address=url, secrets=options.secrets)
+    print(f"job {job.job_id} submitted to {url}\ndashboard: {url}/#/jobs/{job.job_id}", flush=True)
+    store = from_environment().get("MLFLOW_TRACKING_URI")
+    print(f"MLflow: {store or 'tracking.root of the recipe (mlflow ui --backend-store-uri …)'}", flush=True)
     if not options.wait:
         print(f"follow it: pixellm jobs logs {job.job_id} --follow --address {url}", flush=True)
         return 0
     try:
-        code = job.follow()
+        with waiting_is_said(url):
+            code = job.follow()
     except KeyboardInterrupt:
         print(f"\nthe job runs on; stop it: pixellm jobs stop {job.job_id} --address {url}", flush=True)
         return EXIT_STOPPED

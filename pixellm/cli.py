@@ -49,9 +49,11 @@ Address = Annotated[str, typer.Option("--address", help="the cluster's dashboard
 def main() -> None:
     """Entry point of the `pixellm` script: runs a command and turns our errors into one line and an exit code."""
     from pixellm.platform.observability import configure_logging
+    from pixellm.platform.settings import check_secrets
 
     configure_logging()
     try:
+        check_secrets()
         app()
     except PixelLMError as error:
         typer.echo(f"error: {error}", err=True)

@@ -361,6 +361,21 @@ def from_environment() -> dict[str, str]:
     return {name: os.environ[name] for name in names if os.environ.get(name)}
 
 
+def check_secrets() -> None:
+    """Looks for the variables that a job was submitted with by name (`pixellm submit --secret NAME`).
+
+    Raises:
+        ConfigError: one is not set here.
+    """
+    wanted = os.environ.get("PIXELLM_SECRETS", "").split(",")
+    missing = [name for name in wanted if name and not os.environ.get(name)]
+    if missing:
+        raise ConfigError(
+            f"the job wants {', '.join(missing)}, which the cluster does not hold; set it where Ray is started (a "
+            "Kubernetes Secret, the environment of `ray start`)"
+        )
+
+
 def is_inside_ray_job() -> bool:
     """Whether this process was started by a submitted Ray job, which has shipped the code already."""
     return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ

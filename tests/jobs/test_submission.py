@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from pixellm.errors import ConfigError
-from pixellm.jobs.submission import RECIPE_FILE, parse_submit_words, plan_submission
-from pixellm.platform.settings import Settings, load_settings
+from pixellm.jobs.submission import RECIPE_FILE, parse_submit_words, plan_submission, refuse_secrets
+from pixellm.platform.settings import Settings, check_secrets, load_settings
 
 HERE = Path("/caller's folder")
 
@@ -142,3 +142,25 @@ def test_an_unknown_key_is_refused_here_and_not_on_the_cluster() -> None:
         plan_submission(["train", "--train.stepz=1"], caller_dir=HERE, is_head_local=True)
     with pytest.raises(ConfigError, match="--config needs a value"):
         plan_submission(["train", "--config"], caller_dir=HERE, is_head_local=True)
+
+
+def test_secrets_travel_by_name_and_a_value_in_clear_is_refused_without_showing_it() -> None:
+    options = parse_submit_words(["muse", "generate", "--secret", "OPENAI_API_KEY", "--secret=HF_TOKEN"])
+    assert options.secrets == ("OPENAI_API_KEY", "HF_TOKEN")
+    plan = plan_submission(options.command, caller_dir=HERE, is_head_local=True, secrets=options.secrets)
+    assert plan.env_vars["PIXELLM_SECRETS"] == "OPENAI_API_KEY,HF_TOKEN"
+    refuse_secrets(plan, {"OPENAI_API_KEY": "sk-0123456789", "HOME": str(HERE)})
+    with pytest.raises(ConfigError, match="never its value"):
+        parse_submit_words(["muse", "--secret", "sk-0123456789"])
+    clear = plan_submission(["muse", "--base-url", "https://h/?k=sk-0123456789"], caller_dir=HERE, is_head_local=True)
+    with pytest.raises(ConfigError, match="--secret OPENAI_API_KEY") as caught:
+        refuse_secrets(clear, {"OPENAI_API_KEY": "sk-0123456789"})
+    assert "sk-" not in str(caught.value)
+
+
+def test_a_job_whose_secret_the_cluster_does_not_hold_says_so_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_secrets()
+    monkeypatch.setenv("PIXELLM_SECRETS", "FIRST_KEY,SECOND_KEY")
+    monkeypatch.setenv("FIRST_KEY", "x")
+    with pytest.raises(ConfigError, match="the job wants SECOND_KEY, which the cluster does not hold"):
+        check_secrets()
