@@ -1,0 +1,113 @@
+"""A cluster of our own as a team starts it: a head, further raylets, a token, temporary folders of its own."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+TOKEN = "0123456789abcdef" * 4
+DEADLINE_S = 240
+_VARIABLES = {
+    "RAY_AUTH_MODE": "token",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    "RAY_health_check_failure_threshold": "60",  # a busy machine is no reason to declare a node dead
+    "RAY_worker_niceness": "0",  # nor to starve its workers
+}
+
+
+@dataclass(frozen=True)
+class Head:
+    """A running head: the dashboard's URL, the control store's address, and the environment that reaches it."""
+
+    url: str
+    address: str
+    environment: dict[str, str]
+
+
+@contextmanager
+def own_cluster(*, head_cpus: int = 4, nodes: tuple[int, ...] = (), **variables: str) -> Iterator[Head]:
+    """A head, and a raylet with so many logical CPUs for each number in `nodes`; all were up to the end, or it fails.
+
+    Nobody has activated the environment that Ray is started from: it is not on the PATH.
+    """
+    gcs, dashboard, agent, client = free_ports(4)
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    here = Path(sys.executable).parent
+    elsewhere = [folder for folder in os.environ["PATH"].split(os.pathsep) if Path(folder) != here]
+    environment = inherited | {"PATH": os.pathsep.join(elsewhere), "RAY_AUTH_TOKEN": TOKEN}
+    url, address = f"http://127.0.0.1:{dashboard}", f"127.0.0.1:{gcs}"
+    with ExitStack() as stack:
+        ports = [f"--port={gcs}", f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}"]
+        ports.append(f"--ray-client-server-port={client}")
+        start = stack.enter_context
+        head = start(_raylet(["--head", f"--num-cpus={head_cpus}", *ports], environment | variables))
+        _wait_for(lambda: answers(url), head)
+        for cpus in nodes:
+            [agent] = free_ports(1)
+            words = [f"--address={address}", f"--num-cpus={cpus}", f"--dashboard-agent-listen-port={agent}"]
+            start(_raylet(words, environment | variables))
+        yield Head(url, address, environment)
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that nobody has now, outside the range of Ray's workers (10002–19999)."""
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [server.getsockname()[1] for server in sockets]
+    for server in sockets:
+        server.close()
+    return ports
+
+
+def answers(url: str) -> bool:
+    """Whether a dashboard is up."""
+    try:
+        with urllib.request.urlopen(f"{url}/api/authentication_mode", timeout=5) as answer:
+            return bool(answer.status == 200)
+    except OSError:
+        return False
+
+
+@dataclass(frozen=True)
+class _Started:
+    process: subprocess.Popen[bytes]
+    log: Path
+
+
+@contextmanager
+def _raylet(words: list[str], environment: dict[str, str]) -> Iterator[_Started]:
+    folder = Path(tempfile.mkdtemp(prefix="pixellm-ray-", dir="/tmp"))  # short: Ray keeps sockets below it
+    command = [f"{Path(sys.executable).parent}/ray", "start", "--block", "--disable-usage-stats", *words]
+    command += [f"--temp-dir={folder}/ray"] if "--head" in words else []
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen(
+            command,
+            env=environment | _VARIABLES | {"RAY_TMPDIR": f"{folder}/ray"},
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    try:
+        yield _Started(process, folder / "log")
+        assert process.poll() is None, (folder / "log").read_text()
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)  # a graceful end takes half a minute; its workers end with the raylet
+        process.wait()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _wait_for(is_true: object, started: _Started) -> None:
+    assert callable(is_true)
+    deadline = time.monotonic() + DEADLINE_S
+    while not is_true():
+        assert started.process.poll() is None, started.log.read_text()
+        assert time.monotonic() < deadline, started.log.read_text()
+        time.sleep(0.2)
