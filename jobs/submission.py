@@ -22,6 +22,7 @@ RECIPE_FILE = "recipe.yaml"
 
 _WITH_SETTINGS = ("train", "serve")
 _OPTIONS_WITH_VALUE = ("--address", "--secret")
+_PLACES = ("--in", "--out", "--data", "--images")
 _SECRET_WORDS = ("KEY", "TOKEN", "SECRET", "PASSWORD")
 _LEAST_SECRET = 8
 _VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]{0,63}")
@@ -123,6 +124,8 @@ def plan_submission(
         entrypoint += f' --config "{"$OLDPWD" if is_head_local else "$PWD"}/{RECIPE_FILE}"'
     if is_head_local:
         entrypoint = f"cd {shlex.quote(str(caller_dir))} && exec {entrypoint}"
+    if not is_head_local:
+        _refuse_places_of_ours(words)
     variables = _environment() | ({"PIXELLM_SECRETS": ",".join(secrets)} if secrets else {})
     return Submission(entrypoint, files, variables, {"pixellm.command": shlex.join(command)[:1000]})
 
@@ -144,6 +147,20 @@ def refuse_secrets(plan: Submission, environment: Mapping[str, str]) -> None:
             raise ConfigError(
                 f"the value of {name} stands in the command or its recipe, and a job shows both to everybody; set "
                 f"{name} where the cluster is started and give its name: --secret {name}"
+            )
+
+
+def _refuse_places_of_ours(words: Sequence[str]) -> None:
+    """A relative path would mean a folder on the head that goes with the job."""
+    for position, word in enumerate(words):
+        name, equals, value = word.partition("=")
+        if name not in _PLACES:
+            continue
+        path = value if equals else "".join(words[position + 1 : position + 2])
+        if path and not _is_absolute(path):
+            raise ConfigError(
+                f"{name} is {path!r}, a path of this machine; the cluster is elsewhere: give an absolute path on storage "
+                "that all its nodes share, or a URI"
             )
 
 

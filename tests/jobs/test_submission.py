@@ -164,3 +164,11 @@ def test_a_job_whose_secret_the_cluster_does_not_hold_says_so_at_once(monkeypatc
     monkeypatch.setenv("FIRST_KEY", "x")
     with pytest.raises(ConfigError, match="the job wants SECOND_KEY, which the cluster does not hold"):
         check_secrets()
+
+
+@pytest.mark.parametrize("words", [["--in", "photos", "--out", "/o"], ["--in", "s3://b/i", "--out=answers"]])
+def test_elsewhere_a_relative_place_of_any_command_is_refused(words: list[str]) -> None:
+    command = ["predict", "Why?", "--model", "models:/m/1", *words]
+    with pytest.raises(ConfigError, match=r"--(in|out) is '(photos|answers)', a path of this machine"):
+        plan_submission(command, caller_dir=HERE, is_head_local=False)
+    assert plan_submission(command, caller_dir=HERE, is_head_local=True).files == {}
