@@ -159,8 +159,8 @@ def _refuse_places_of_ours(words: Sequence[str]) -> None:
         path = value if equals else "".join(words[position + 1 : position + 2])
         if path and not _is_absolute(path):
             raise ConfigError(
-                f"{name} is {path!r}, a path of this machine; the cluster is elsewhere: give an absolute path on storage "
-                "that all its nodes share, or a URI"
+                f"{name} is {path!r}, a path of this machine; the cluster is elsewhere: give an absolute path on "
+                "storage that all its nodes share, or a URI"
             )
 
 
