@@ -64,7 +64,13 @@ def test_the_ablations_differ_from_the_full_method_in_what_their_table_varies_on
     assert varied.pop("fusion-only") == {alpha: "1.0"}
     assert varied.pop("refinement-only") == {n: "1"}
     assert varied.pop("pixellm-dagger") == {n: "1", alpha: "1.0"}
-    assert all(name.startswith("data-") and set(changes) == {"data.sources"} for name, changes in varied.items())
+    assert {name: set(changes) for name, changes in varied.items()} == {
+        "data-250": {"data.sources"},
+        "data-1000": {"data.sources"},
+    }
+    for amount in (250, 1000):
+        (source,), (whole,) = (load_settings(f"ablations/{name}").data.sources for name in (f"data-{amount}", "full"))
+        assert source == whole.model_copy(update={"max_samples": amount})
 
 
 def test_a_recipe_that_extends_another_says_only_what_differs(tmp_path: Path) -> None:
