@@ -240,6 +240,7 @@ class ServeSettings(_Section):
     start_timeout_s: float = Field(300, gt=0, description="how long a deployment may take until it answers")
     max_batch_size: int = Field(8, ge=1)
     max_new_tokens: int = Field(256, ge=1, description="the most a request may ask for")
+    max_targets: int = Field(64, ge=1, description="targets of one answer, at most; it ends where one more would begin")
     max_body_bytes: int = Field(32 * 2**20, ge=1024)
     max_image_pixels: int = Field(50_000_000, ge=1)
     max_prompt_chars: int = Field(8000, ge=1, description="characters of a prompt with its conversation, at most")

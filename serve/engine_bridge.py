@@ -40,7 +40,7 @@ from pixellm.serve.protocol import (
 )
 from pixellm.serve.stall_watch import StallWatch
 
-_LENGTH_REASONS = ("max_new_tokens", "context_full")
+_LENGTH_REASONS = ("max_new_tokens", "max_targets", "context_full")
 _FIRST_QUESTION = "What is in this picture?"
 
 
@@ -63,6 +63,7 @@ class EngineBridge:
         self._engine = _load(card, settings, tracking, device)
         self._version = card.version
         self._timeout_s = settings.request_timeout_s
+        self._max_targets = settings.max_targets
         self._stall_watch = StallWatch(settings.stall_timeout_s)
         self._name = uuid.uuid4().hex[:8]
         self._load_s = time.monotonic() - started_s
@@ -138,6 +139,7 @@ class EngineBridge:
             top_p=question.top_p,
             seed=question.seed,
             stop=question.stop,
+            max_targets=self._max_targets,
         )
         return SegmentRequest(
             question.image_bytes,

@@ -54,6 +54,10 @@ class AnswerState:
             self.stop_reason = "eos"
             return []
         is_group = token_id == self.codebook[0]
+        if is_group and self.num_targets == self.options.max_targets:
+            self.stop_reason = "max_targets"
+            self.dropped = f"target {self.num_targets + 1} and what follows it (max_targets)"
+            return []
         chunk = list(self.codebook) if is_group else [token_id]
         left = self.max_tokens - len(self.token_ids)
         if len(chunk) > left:

@@ -11,7 +11,7 @@ from PIL import Image
 
 from pixellm.errors import BadRequestError
 
-STOP_REASONS = ("eos", "stop_string", "max_new_tokens", "context_full")
+STOP_REASONS = ("eos", "stop_string", "max_new_tokens", "max_targets", "context_full")
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ class GenerationOptions:
         seed: of the request's own random numbers; None draws one.
         stop: the answer ends before the first of these strings.
         keep_logits: hand out each target's mask logits too (4 bytes per pixel and target).
+        max_targets: most targets of the answer, which ends where one more would begin; None: as many as tokens allow.
     """
 
     max_new_tokens: int = 256
@@ -35,6 +36,7 @@ class GenerationOptions:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     keep_logits: bool = False
+    max_targets: int | None = None
 
     def __post_init__(self) -> None:
         """Refuses values out of range.
@@ -45,6 +47,8 @@ class GenerationOptions:
         wrong = []
         if self.max_new_tokens < 1:
             wrong.append(f"max_new_tokens is {self.max_new_tokens}, wanted at least 1")
+        if self.max_targets is not None and self.max_targets < 1:
+            wrong.append(f"max_targets is {self.max_targets}, wanted at least 1")
         if not 0.0 < self.threshold < 1.0:
             wrong.append(f"threshold is {self.threshold}, wanted a probability between 0 and 1")
         if not 0.0 <= self.temperature < float("inf"):

@@ -110,6 +110,21 @@ def test_a_group_that_does_not_fit_is_dropped_whole_and_said(
     assert (len(just.targets), just.dropped) == (2, None)
 
 
+def test_an_answer_ends_where_a_target_too_many_would_begin(
+    micro_engine: PixelLMEngine, pictures: Any, rich_seed: int
+) -> None:
+    whole = start(micro_engine, pictures[0], seed=rich_seed).result()
+    assert len(whole.targets) > 1
+    one = start(micro_engine, pictures[0], seed=rich_seed, max_targets=1).result()
+    assert (one.stop_reason, len(one.targets)) == ("max_targets", 1)
+    assert one.dropped == "target 2 and what follows it (max_targets)"
+    assert one.token_ids == whole.token_ids[: len(one.token_ids)]
+    all_of_them = start(micro_engine, pictures[0], seed=rich_seed, max_targets=len(whole.targets)).result()
+    assert all_of_them.token_ids == whole.token_ids
+    with pytest.raises(BadRequestError, match="max_targets is 0, wanted at least 1"):
+        GenerationOptions(max_targets=0)
+
+
 def test_the_context_limit_ends_an_answer_and_refuses_a_prompt(micro: Any, pictures: Any) -> None:
     prompt = len(micro[1].encode_prompt(QUESTION))
     with PixelLMEngine(*micro, options=EngineOptions(max_context_tokens=prompt + 3)) as engine:
