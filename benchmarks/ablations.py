@@ -55,20 +55,18 @@ class Budget:
     Attributes:
         name: as the output calls it.
         steps: optimiser steps of a training; None: as many as the recipe says.
-        full_steps: of the full recipe and the control, trained beside the tables; None: the tables' own runs count.
         pictures: training pictures.
         questions: held-out questions that are answered, of each split.
     """
 
     name: str
     steps: int
-    full_steps: int | None
     pictures: int
     questions: int
 
 
-QUICK = Budget("quick", steps=120, full_steps=None, pictures=2000, questions=96)
-WHOLE = Budget("whole", steps=700, full_steps=None, pictures=8000, questions=300)
+QUICK = Budget("quick", steps=120, pictures=2000, questions=96)
+WHOLE = Budget("whole", steps=700, pictures=8000, questions=300)
 
 
 @dataclass(frozen=True)
