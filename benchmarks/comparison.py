@@ -29,8 +29,8 @@ from pixellm.platform.settings import Settings, load_settings
 
 #: Method → recipe of its network, or of its two networks: the one that names targets, and the one that segments.
 METHODS: dict[str, tuple[str, ...]] = {
-    "PixelLM": ("ablations/full",),
-    "PixelLM†": ("ablations/pixellm-dagger",),
+    "PixelLM": ("shapes-tiny",),
+    "PixelLM†": ("shapes-tiny-dagger",),
     "LISA": ("lisa-tiny",),
     "LISA_rec": ("lisa-tiny-nouns", "lisa-tiny"),
     "LISA_aug": ("lisa-tiny-aug",),
