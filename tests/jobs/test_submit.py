@@ -331,7 +331,7 @@ def test_a_server_that_is_not_rays_is_recognised() -> None:
 
 
 class BrokenLogs:
-    """A job whose log stream breaks off twice and starts anew each time, as Ray's does."""
+    """A job whose log stream breaks off twice, starts anew each time, and ends before the last line, as Ray's does."""
 
     def __init__(self) -> None:
         self.num_calls = 0
@@ -344,6 +344,9 @@ class BrokenLogs:
         if self.num_calls < 3:
             raise RuntimeError("connection closed")
 
+    def get_job_logs(self, job_id: str) -> str:
+        return "one\ntwo\nthree\nfour\nfive\n"
+
     def get_job_status(self, job_id: str) -> object:
         status = "RUNNING" if self.num_calls < 3 else "SUCCEEDED"
         return type("Status", (), {"value": status})()
@@ -354,4 +357,4 @@ class BrokenLogs:
 
 def test_following_over_a_broken_connection_prints_each_line_once(capsys: pytest.CaptureFixture[str]) -> None:
     assert job_client.JobHandle(BrokenLogs(), "j").follow() == 0
-    assert capsys.readouterr().out == "one\ntwo\nthree\nfour\n"
+    assert capsys.readouterr().out == "one\ntwo\nthree\nfour\nfive\n"
