@@ -381,7 +381,7 @@ class PixelLMProcessor:
             "image_index": torch.arange(len(examples)),
             "target_rows": torch.repeat_interleave(torch.arange(len(examples)), counts),
         }
-        masks = [torch.from_numpy(example.masks).float() for example in examples]
+        masks = [torch.from_numpy(example.masks.astype(np.float32)) for example in examples]
         if len({mask.shape[1:] for mask in masks}) == 1 and masks[0].shape[1] == masks[0].shape[2]:
             return batch | {"target_masks": torch.cat(masks)}
         original_hw = torch.from_numpy(np.stack([example.original_hw for example in examples]))

@@ -1,8 +1,8 @@
 """Numbered blocks of picklable values, computed by Ray Data tasks ahead of the consumer and given out in order.
 
-A block travels as one pickled value: that costs one copy and no work per column, and a block may hold anything. One
-task makes one block, reading and computing in the same task. An error of our own travels in its block's place, so that
-the consumer meets it as what it is.
+A block travels pickled, so it may hold anything; its large arrays travel beside the pickle, written once into Ray's
+object store and read there without a copy (they arrive read-only). One task makes one block, reading and computing in
+the same task. An error of our own travels in its block's place, so that the consumer meets it as what it is.
 """
 
 import pickle
@@ -19,6 +19,9 @@ from pixellm.errors import PixelLMError
 
 #: Makes the values of a block from its number.
 MakeBlock = Callable[[int], list[Any]]
+
+#: From this size on an array is worth a value of its own.
+_LARGE_BYTES = 64 * 2**10
 
 #: How much finished work may wait for a slow consumer.
 _MAX_STORED_BYTES = 512 * 2**20
@@ -44,7 +47,7 @@ def stream_blocks(make_block: MakeBlock, num_blocks: int, *, task_cpus: float, m
     for first in range(0, num_blocks, _BLOCKS_PER_DATASET):
         numbers = range(first, min(first + _BLOCKS_PER_DATASET, num_blocks))
         for packed in _packed_blocks(_NumberedBlocks(maker_ref, numbers), len(numbers), task_cpus, max_tasks):
-            block = pickle.loads(packed)
+            block = pickle.loads(packed[0], buffers=packed[1:])
             if isinstance(block, PixelLMError):
                 raise block
             yield from block
@@ -52,7 +55,7 @@ def stream_blocks(make_block: MakeBlock, num_blocks: int, *, task_cpus: float, m
 
 def _packed_blocks(
     source: "_NumberedBlocks", num_blocks: int, task_cpus: float, max_tasks: int | None
-) -> Iterator[pa.Buffer]:
+) -> Iterator[list[pa.Buffer]]:
     dataset = ray.data.read_datasource(
         source, override_num_blocks=num_blocks, num_cpus=task_cpus, concurrency=max_tasks
     )
@@ -62,8 +65,7 @@ def _packed_blocks(
     )
     dataset.context.enable_progress_bars = False
     for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1):
-        for value in table["block"]:
-            yield value.as_buffer()
+        yield [value.as_buffer() for value in table["block"]]
 
 
 class _NumberedBlocks(Datasource):
@@ -104,7 +106,27 @@ class _MakeNumbered:
             block: Any = _maker_of(self._maker_ref)(self._number)
         except PixelLMError as error:
             block = error
-        return [pa.table({"block": pa.array([pickle.dumps(block, protocol=5)], pa.large_binary())}, schema=_SCHEMA)]
+        return [_packed(block)]
+
+
+def _packed(block: Any) -> pa.Table:
+    """A table of one column: the pickle, then each large buffer that it refers to, none of them copied."""
+    beside: list[pa.Buffer] = []
+
+    def stays_inside(buffer: pickle.PickleBuffer) -> bool:
+        raw = buffer.raw()
+        if raw.nbytes >= _LARGE_BYTES:
+            beside.append(pa.py_buffer(raw))
+        return raw.nbytes < _LARGE_BYTES
+
+    pickled = pa.py_buffer(pickle.dumps(block, protocol=5, buffer_callback=stays_inside))
+    values = [_one_value(buffer) for buffer in (pickled, *beside)]
+    return pa.table({"block": pa.chunked_array(values, pa.large_binary())}, schema=_SCHEMA)
+
+
+def _one_value(buffer: pa.Buffer) -> pa.Array:
+    ends = pa.array([0, buffer.size], pa.int64()).buffers()[1]
+    return pa.LargeBinaryArray.from_buffers(pa.large_binary(), 1, [None, ends, buffer])
 
 
 #: The makers that this worker process has unpickled, newest last: tokenizers and open files live as long as they do.
