@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import describe, report
+from benchmarks.short_training import prepare_shapes, shortened, train_here
 from pixellm.platform.settings import Settings, load_settings
 
 #: What each table varies: title → recipes in the order of its rows.
@@ -54,7 +55,7 @@ class Budget:
 
     Attributes:
         name: as the output calls it.
-        steps: optimiser steps of a training; None: as many as the recipe says.
+        steps: optimiser steps of a training.
         pictures: training pictures.
         questions: held-out questions that are answered, of each split.
     """
@@ -88,11 +89,8 @@ def settings_of(run: Run, data: Path, out: Path) -> Settings:
     recipe = "full" if run.recipe == SHUFFLED else run.recipe
     train = data / ("train-shuffled" if run.recipe == SHUFFLED else "train")
     settings = load_settings(f"ablations/{recipe}", [f"--data.sources.0.uri={train}"])
-    changes: dict[str, Any] = {"steps": run.steps, "checkpoint_every": run.steps, "num_workers": 1}
-    changes |= {"threads_per_worker": 1, "output_dir": str(out)}
-    changes["warmup_steps"] = min(settings.train.warmup_steps, run.steps // 4)
-    trained = settings.train.model_copy(update=changes)
-    return settings.model_copy(update={"seed": run.seed, "train": trained, "name": run.name})
+    settings = settings.model_copy(update={"seed": run.seed, "name": run.name})
+    return shortened(settings, run.steps, out)
 
 
 def same_runs(runs: Sequence[Run]) -> dict[Run, Run]:
@@ -108,17 +106,10 @@ def same_runs(runs: Sequence[Run]) -> dict[Run, Run]:
 
 def make_data(folder: Path, budget: Budget) -> None:
     """Prepares the shards; those that are there stay."""
-    from pixellm.jobs.prepare import prepare
-
-    wanted: dict[str, dict[str, Any]] = {
-        "train": {"samples": budget.pictures, "split": "train"},
-        "train-shuffled": {"samples": budget.pictures, "split": "train", "shuffle_questions": True},
-        "val": {"samples": 100, "split": "val"},
-        "val_unseen": {"samples": 100, "split": "val_unseen"},
-    }
-    for name, options in wanted.items():
-        if not (folder / name / "dataset.json").is_file():
-            prepare("shapes", None, folder / name, options=options)
+    prepare_shapes(folder / "train", samples=budget.pictures, split="train")
+    prepare_shapes(folder / "train-shuffled", samples=budget.pictures, split="train", shuffle_questions=True)
+    for split in SPLITS:
+        prepare_shapes(folder / split, samples=100, split=split)
 
 
 def train_and_ask(run: Run, data: Path, out: Path, questions: int) -> dict[str, float]:
@@ -126,15 +117,8 @@ def train_and_ask(run: Run, data: Path, out: Path, questions: int) -> dict[str, 
     folder = out / run.name
     if (folder / "result.json").is_file():
         return dict(json.loads((folder / "result.json").read_text()))
-    from pixellm.jobs.train.channel import WorkerLine
-    from pixellm.jobs.train.entry import WorkerSpec
-    from pixellm.jobs.train.run import open_sources
-    from pixellm.jobs.train.worker import run_worker
-
-    settings, sources = open_sources(settings_of(run, data, out), folder / "data")
     started = time.process_time()
-    run_worker(WorkerSpec(settings, str(folder), sources), WorkerLine(None, is_active=False))
-    result = {"train_cpu_s": time.process_time() - started}
+    result = {"train_cpu_s": train_here(settings_of(run, data, out), folder)}
     for split, name in SPLITS.items():
         figures = ask(folder / "model", data / split, "generated", questions)
         result |= {name: figures["giou"], name.replace("giou", "count_accuracy"): figures["count_accuracy"]}

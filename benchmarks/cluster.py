@@ -21,8 +21,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.cluster_work import Sizes, write_masks_model, write_pictures
+from benchmarks.cluster_work import PRESET, Sizes, write_pictures
 from benchmarks.harness import describe, report
+from benchmarks.untrained import write_untrained
 from pixellm.jobs.prepare import prepare_demo
 from pixellm.platform import storage
 
@@ -91,7 +92,7 @@ def measure(folder: Path, *, quick: bool) -> dict[str, Any]:
     prepare_demo(folder / "demo")
     (folder / "demo" / "coco").rename(folder / "shards")
     write_pictures(folder / "pictures", timed.pictures, 0)
-    write_masks_model(folder / "model")
+    write_untrained(PRESET, folder / "model", answers_with_masks=True)
     runs: dict[int, list[dict[str, Any]]] = {count: [] for count in ((1, 4) if quick else (1, 2, 4))}
     for turn in range(1 if quick else 3):
         for count, results in runs.items():

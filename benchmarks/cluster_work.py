@@ -8,8 +8,6 @@ import argparse
 import hashlib
 import io
 import json
-import os
-import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,13 +21,12 @@ import torch
 from PIL import Image
 
 from benchmarks.data import BATCH, OurLoader
+from benchmarks.dying import die_once
 from benchmarks.resume import recipe
 from benchmarks.resume_drills import QUICK_HEALTH_CHECKS, Recorder, run_in_group
 from pixellm.jobs.batch.run import BatchProgress, predict_batch
 from pixellm.jobs.batch.worker import BatchPlan, open_engine
 from pixellm.jobs.block_pool import Pool
-from pixellm.model.config import PixelLMConfig
-from pixellm.model.modeling import PixelLMForConditionalGeneration
 from pixellm.model.processing import PixelLMProcessor
 from pixellm.platform.data.compose import ComposeLimits, QuestionSource
 
@@ -39,6 +36,7 @@ PRESET = "tiny"
 _WORKERS = 2
 _QUESTION = "Segment everything."
 _ASKED_BEFORE_DEATH = 20
+_WARM_UP_BATCHES = 32
 
 
 @dataclass(frozen=True)
@@ -88,33 +86,21 @@ def _poison(content: bytes, number: int) -> bytes:
     return (b"", b"this is no picture", content[: len(content) // 3], bomb, content[::-1])[number % 5]
 
 
-def write_masks_model(folder: Path) -> Path:
-    """An untrained model whose answers are all masks."""
-    torch.manual_seed(0)
-    model = PixelLMForConditionalGeneration(PixelLMConfig.from_preset(PRESET))
-    processor = PixelLMProcessor.for_preset(PRESET)
-    with torch.no_grad():
-        model.lm_head.weight.zero_()
-        model.lm_head.weight[processor.token_ids.codebook[0]] = 1.0
-        model.language_model.norm.weight.fill_(1.0)
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return folder
-
-
 def read_samples(shards: str, samples: int, at_half: Callable[[], object] | None = None) -> tuple[float, str]:
-    """Streams samples as a trainer does; returns samples/s after the first batch, and a digest of all in order."""
+    """Streams samples as a trainer does; returns samples/s from start to end, and a digest of all in order."""
     limits = ComposeLimits(max_targets=3, max_questions=3, min_target_share=0.01)
     loader = OurLoader(QuestionSource.open(shards, "segmentation", limits), PixelLMProcessor.for_preset(PRESET), 48)
-    digest, started, count = hashlib.sha256(), 0.0, samples // BATCH
+    digest, count = hashlib.sha256(), samples // BATCH
+    for _ in loader.lists(_WARM_UP_BATCHES):  # processes start and import
+        pass
+    started = time.perf_counter()
     for number, batch in enumerate(loader.lists(count, start=0)):
-        started = started or time.perf_counter()
         for _, example in batch:
             for values in (example.input_ids, example.pixels, example.masks):
                 digest.update(values.tobytes())
         if at_half is not None and number == count // 2:
             at_half()
-    return (samples - BATCH) / (time.perf_counter() - started), digest.hexdigest()
+    return samples / (time.perf_counter() - started), digest.hexdigest()
 
 
 def train_steps(
@@ -181,12 +167,7 @@ class _Dying:
         """Asks the engine, if it lives."""
         self._asked += 1
         if self._asked == _ASKED_BEFORE_DEATH:
-            try:
-                self._marker.unlink()
-            except FileNotFoundError:
-                pass
-            else:
-                os.kill(os.getpid(), signal.SIGKILL)
+            die_once(self._marker)
         return self._engine.submit(request)
 
     def close(self) -> None:

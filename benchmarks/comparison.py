@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import describe, report
+from benchmarks.short_training import prepare_shapes, shortened, train_here
 from pixellm.platform.settings import Settings, load_settings
 
 #: Method → recipe of its network, or of its two networks: the one that names targets, and the one that segments.
@@ -59,12 +60,10 @@ QUICK, WHOLE = Budget(60, 500, 48), Budget(500, 4000, 300)
 
 def make_data(folder: Path, budget: Budget) -> None:
     """Shards of training and held-out pictures, and the training questions answered by names only."""
-    from pixellm.jobs.prepare import prepare
     from pixellm.platform.data.shards import write_shards
 
     for split, samples in (("train", budget.pictures), ("val", 100)):
-        if not (folder / split / "dataset.json").is_file():
-            prepare("shapes", None, folder / split, options={"samples": samples, "split": split})
+        prepare_shapes(folder / split, samples=samples, split=split)
     if not (folder / "train-nouns" / "dataset.json").is_file():
         write_shards(_naming_rows(folder / "train"), folder / "train-nouns", name="shapes-nouns")
 
@@ -75,14 +74,8 @@ def settings_of(recipe: str, data: Path, out: Path, steps: int) -> Settings:
     sources = tuple(
         source.model_copy(update={"uri": str(data / Path(source.uri).name)}) for source in settings.data.sources
     )
-    changes: dict[str, Any] = {"steps": steps, "checkpoint_every": steps, "num_workers": 1, "threads_per_worker": 1}
-    changes |= {"warmup_steps": min(settings.train.warmup_steps, steps // 4), "output_dir": str(out)}
-    return settings.model_copy(
-        update={
-            "data": settings.data.model_copy(update={"sources": sources}),
-            "train": settings.train.model_copy(update=changes),
-        }
-    )
+    settings = settings.model_copy(update={"data": settings.data.model_copy(update={"sources": sources})})
+    return shortened(settings, steps, out)
 
 
 def train(recipe: str, data: Path, out: Path, steps: int) -> float:
@@ -92,17 +85,10 @@ def train(recipe: str, data: Path, out: Path, steps: int) -> float:
     if (folder / "model" / "config.json").is_file():
         return 0.0
     _use_one_thread()
-    from pixellm.jobs.train.channel import WorkerLine
     from pixellm.jobs.train.deepspeed_engine import single_process_group
-    from pixellm.jobs.train.entry import WorkerSpec
-    from pixellm.jobs.train.run import open_sources
-    from pixellm.jobs.train.worker import run_worker
 
-    settings, sources = open_sources(settings, folder / "data")
-    started = time.process_time()
     with single_process_group():
-        run_worker(WorkerSpec(settings, str(folder), sources), WorkerLine(None, is_active=False))
-    seconds = time.process_time() - started
+        seconds = train_here(settings, folder)
     print(f"{recipe}: {steps} steps in {seconds:.0f} s of CPU", flush=True)
     return seconds
 
@@ -178,7 +164,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(table(rows))
     result = describe("comparison", quick=options.quick, steps=budget.steps, pictures=budget.pictures)
     by_method = {row["method"]: row for row in rows}
-    result |= {"rows": [{key: _rounded(value) for key, value in row.items()} for row in rows]}
+    result |= {"rows": rows}
     result |= {
         f"{name}_giou": by_method[method]["giou"] for name, method in (("pixellm", "PixelLM"), ("lisa_aug", "LISA_aug"))
     }
@@ -200,10 +186,6 @@ def _naming_rows(shards: Path) -> Iterator[Any]:
             for d in row.dialogues
         )  # fmt: skip
         yield replace(row, dialogues=dialogues)
-
-
-def _rounded(value: Any) -> Any:
-    return round(value, 4) if isinstance(value, float) else value
 
 
 def _use_one_thread() -> None:

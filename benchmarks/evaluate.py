@@ -10,8 +10,6 @@ once. The last line is one JSON object; a ratio above 1 means that ours is bette
 
 import argparse
 import functools
-import os
-import signal
 import statistics
 import tempfile
 import time
@@ -22,9 +20,10 @@ from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
-import torch
 
+from benchmarks.dying import die_once
 from benchmarks.harness import alternate, describe, report, seconds_of
+from benchmarks.untrained import write_untrained
 from pixellm.jobs.evaluate.answers import GeneratedAnswers
 from pixellm.jobs.evaluate.blocks import AnswerPlan, open_model, question_about
 from pixellm.jobs.evaluate.job import Evaluation, EvaluationOptions, evaluate_suite
@@ -32,9 +31,6 @@ from pixellm.jobs.evaluate.metrics import score_rles
 from pixellm.jobs.evaluate.suites import find_suite, question_places, questions_of
 from pixellm.jobs.evaluate.types import Answerer
 from pixellm.jobs.prepare import prepare
-from pixellm.model.config import PixelLMConfig
-from pixellm.model.modeling import PixelLMForConditionalGeneration
-from pixellm.model.processing import PixelLMProcessor
 from pixellm.platform import cluster
 from pixellm.platform.data.shards import open_shards
 from pixellm.platform.masks import rle_encode
@@ -62,25 +58,12 @@ class _Dying:
         """The model's answers, if it lives."""
         self._batches += 1
         if self._batches == 2:
-            try:
-                self._marker.unlink()
-            except FileNotFoundError:
-                pass
-            else:
-                os.kill(os.getpid(), signal.SIGKILL)
+            die_once(self._marker)
         return self._answerer.answer(questions)
 
     def close(self) -> None:
         """Lets go of the model."""
         self._answerer.close()
-
-
-def write_model(preset: str, folder: Path) -> Path:
-    """An untrained model folder, seeded."""
-    torch.manual_seed(0)
-    PixelLMForConditionalGeneration(PixelLMConfig.from_preset(preset)).save_pretrained(folder)
-    PixelLMProcessor.for_preset(preset).save_pretrained(folder)
-    return folder
 
 
 def compare_batching(model: Path, shards: str, count: int, repeats: int) -> dict[str, float]:
@@ -195,7 +178,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         folder = Path(scratch)
         shards = str(folder / "shards")
         prepare("shapes", None, shards, options={"samples": count, "split": "val"})
-        model = write_model(options.preset, folder / "model")
+        model = write_untrained(options.preset, folder / "model")
         result |= compare_metric(2_000 if options.quick else 10_000, 5)
         result |= compare_batching(model, shards, 16 if options.quick else 48, 5)
         cluster.connect()

@@ -42,4 +42,6 @@ def seconds_of(run: Callable[[], Any]) -> float:
 def _rounded(value: Any, digits: int) -> Any:
     if isinstance(value, dict):
         return {key: _rounded(item, digits) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_rounded(item, digits) for item in value]
     return round(value, digits) if isinstance(value, float) else value

@@ -40,8 +40,10 @@ def take_folder(folder: str | Path, identity: Mapping[str, Any], what: str, *, b
 
 def model_digest(model_dir: Path | None) -> str:
     """Tells the files of a model apart by name, size, and the bytes at both ends; None has a digest as well."""
-    files = [] if model_dir is None else sorted(file for file in model_dir.rglob("*") if file.is_file())
-    stats = [(str(file.relative_to(model_dir or file)), file.stat().st_size, _ends_digest(file)) for file in files]
+    stats = []
+    if model_dir is not None:
+        files = sorted(file for file in model_dir.rglob("*") if file.is_file())
+        stats = [(str(file.relative_to(model_dir)), file.stat().st_size, _ends_digest(file)) for file in files]
     return hashlib.sha256(json.dumps(stats).encode()).hexdigest()
 
 

@@ -132,8 +132,6 @@ class JobHandle:
             except (OSError, RuntimeError, aiohttp.ClientError):
                 pass  # whether the cluster is gone, `status` says
             if self.status() in ENDED:
-                # Ray closes the stream when the job has ended, at times before its last words have gone through it.
-                print(self.logs()[num_seen:], end="", file=stream, flush=True)
                 return
             await asyncio.sleep(_POLL_S)
 

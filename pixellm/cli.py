@@ -14,9 +14,10 @@ from typing import Annotated, Any
 import typer
 
 from pixellm import __version__
-from pixellm.errors import ConfigError, PixelLMError
+from pixellm.errors import PixelLMError
 from pixellm.evaluate_commands import compare, evaluate
 from pixellm.muse_commands import muse_app
+from pixellm.options import AsJson, overrides
 from pixellm.predict_commands import predict
 from pixellm.up_commands import down, status, up
 
@@ -42,7 +43,6 @@ _OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
 app.command(context_settings=_OVERRIDES)(up)
 
 Config = Annotated[Path | None, typer.Option("--config", help="YAML recipe; dotted overrides follow: --train.lr=1e-4")]
-AsJson = Annotated[bool, typer.Option("--json", help="one JSON object on standard output, for programs")]
 Address = Annotated[str, typer.Option("--address", help="the cluster's dashboard, e.g. http://127.0.0.1:8265")]
 
 
@@ -496,10 +496,7 @@ def _picture_bar() -> Iterator[Callable[[int, int | None], None] | None]:
 def _settings(config: Path | None, context: typer.Context) -> Any:
     from pixellm.platform.settings import load_settings
 
-    strange = [word for word in context.args if not (word.startswith("--") and "=" in word)]
-    if strange:
-        raise ConfigError(f"unknown argument {strange[0]!r}; overrides are written --section.key=value (no space)")
-    return load_settings(config, context.args)
+    return load_settings(config, overrides(context.args))
 
 
 def _print(as_dict: dict[str, Any], as_text: str, as_json: bool) -> None:

@@ -7,8 +7,7 @@ from typing import Annotated
 import typer
 
 from pixellm.errors import ConfigError
-
-AsJson = Annotated[bool, typer.Option("--json", help="one JSON object on standard output, for programs")]
+from pixellm.options import AsJson
 
 
 def evaluate(

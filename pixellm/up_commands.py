@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-AsJson = Annotated[bool, typer.Option("--json", help="one JSON object on standard output, for programs")]
+from pixellm.options import AsJson, overrides
+
 Folder = Annotated[Path, typer.Option("--state", help="folder of the state file, Ray's token and the logs")]
 
 _DEFAULT_FOLDER = Path.home() / ".pixellm" / "up"
@@ -27,23 +28,20 @@ def up(
     as_json: AsJson = False,
 ) -> None:
     """Starts Ray, MLflow's page and the service here, and returns when they answer; again: what is missing."""
-    from pixellm.errors import ConfigError
     from pixellm.platform.settings import load_settings
     from pixellm.up import up as bring_up
     from pixellm.up_state import Ports
 
-    strange = [word for word in context.args if not (word.startswith("--") and "=" in word)]
-    if strange:
-        raise ConfigError(f"unknown argument {strange[0]!r}; overrides are written --section.key=value (no space)")
+    words = overrides(context.args)
     ports = Ports(port, mlflow_port, dashboard_port, ray_port, metrics_port)
     report = bring_up(
         folder,
-        load_settings(config, context.args),
+        load_settings(config, words),
         model=model,
         ports=ports,
         host=host,
         num_cpus=num_cpus,
-        service_words=[*(["--config", str(config)] if config else []), *context.args],
+        service_words=[*(["--config", str(config)] if config else []), *words],
     )
     typer.echo(json.dumps(report.to_json_dict()) if as_json else report.to_text())
 

@@ -327,14 +327,15 @@ def load_settings(path: str | Path | None = None, overrides: Sequence[str] = ())
 
 
 def find_recipe(path: str | Path) -> Path:
-    """The file that a recipe's name means: the path as given if it exists, else the recipe of the package.
+    """The file that a recipe's name means: the path as given if there is such a file, else the recipe of the package.
 
     Returns:
-        A path; it exists unless neither does, then it is the one given.
+        A path; it exists unless neither does, then it is the one given. A folder is no recipe: `demo` means the
+        recipe beside what `pixellm demo` left, too.
     """
     given = Path(path)
     inside = given.relative_to("recipes") if given.is_relative_to("recipes") else given
-    if given.exists() or inside.is_absolute() or inside.parent not in (Path(), Path("ablations")):
+    if given.is_file() or inside.is_absolute() or inside.parent not in (Path(), Path("ablations")):
         return given
     packaged = _recipe_folder() / inside.parent / f"{inside.stem}.yaml"
     return packaged if packaged.is_file() else given

@@ -188,9 +188,8 @@ def evaluate_suite(
     folder = Path(out_dir)
     identity = _identity(plan, options, model_dir)
     blocks = cut_blocks(question_places(dataset, suite, options.limit), options.batch_size)
-    take_folder(
-        folder, identity, "an evaluation", blocks="blocks"
-    )  # after what may be refused: a refused evaluation leaves nothing behind
+    # After what may be refused: a refused evaluation leaves nothing behind.
+    take_folder(folder, identity, "an evaluation", blocks="blocks")
     _answer_missing(plan, blocks, folder, options, open_answerer, on_progress)
     digests = {suite.name: dataset.digest}
     run: Any = nullcontext() if settings is None else start_run(settings, kind="evaluate", data_digests=digests)

@@ -11,6 +11,7 @@ from transformers import SamConfig
 from transformers.models.sam.modeling_sam import SamMaskDecoder, SamVisionEncoder
 
 from pixellm.model.backbone import ImageFeatures
+from pixellm.model.baselines import pictures
 from pixellm.model.baselines.lisa_config import LisaConfig
 from pixellm.model.codebook import SegmentationCodebook
 from pixellm.model.config import PixelLMConfig
@@ -18,9 +19,6 @@ from pixellm.model.decoder import DecodedMasks, FourierPositions
 from pixellm.model.modeling import PixelLMForConditionalGeneration
 from pixellm.model.processing import SAM_MEAN, SAM_STD
 from pixellm.model.vision import pool_to_grid, pool_valid, valid_patches
-
-CLIP_MEAN = (122.7709383, 116.7460125, 104.09373615)
-CLIP_STD = (68.5005327, 66.6321579, 70.32316305)
 
 
 class LisaForConditionalGeneration(PixelLMForConditionalGeneration):
@@ -43,12 +41,11 @@ class LisaForConditionalGeneration(PixelLMForConditionalGeneration):
 
     def encode_images(self, pixel_values: Tensor, image_valid_hw: Tensor) -> ImageFeatures:
         """LLaVA's image tokens, and SAM's image embeddings as the only scale; see `PixelLM…encode_images`."""
-        config, grid = self.config, self.config.patch_grid
+        config = self.config
         pixels, valid = clip_pixels(pixel_values, image_valid_hw, config)
         states = self.vision_tower.hidden_states(pixels, valid, config.vision_layers, config.position_resize)
         image_tokens = self.image_projector(pool_to_grid(states[0], config.image_token_grid))
         embeddings = self.sam_encoder(pixel_values.to(self.sam_encoder.dtype)).last_hidden_state
-        assert valid.shape[-1] == grid
         return ImageFeatures(image_tokens, pool_valid(valid, config.image_token_grid), embeddings[:, None])
 
     def _build_decoder_features(self, config: PixelLMConfig) -> None:
@@ -128,8 +125,8 @@ def clip_pixels(pixel_values: Tensor, image_valid_hw: Tensor, config: LisaConfig
         views.append(resized[0, :, top : top + size, left : left + size])
     crops = torch.stack(views)
     sam_mean, sam_std, mean, std = (
-        torch.tensor(values, device=crops.device)[:, None, None] for values in (SAM_MEAN, SAM_STD, CLIP_MEAN, CLIP_STD)
+        torch.tensor(values, device=crops.device)[:, None, None] for values in (SAM_MEAN, SAM_STD, *pictures.CLIP)
     )
-    levels = (crops * sam_std + sam_mean).clamp(0, 255)
+    levels = (crops * sam_std + sam_mean).clamp(0, 255) / 255
     valid = torch.ones(len(crops), grid, grid, dtype=torch.bool, device=crops.device)
     return ((levels - mean) / std).to(pixel_values.dtype), valid

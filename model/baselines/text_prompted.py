@@ -38,7 +38,7 @@ class TextPrompted(ABC):
         self.device = device
 
     def segment_many(self, questions: Sequence[tuple[Picture, str]]) -> list[Segmentation]:
-        """Answers pair by pair; the picture is looked at once for all phrases of its question."""
+        """Answers pair by pair; all phrases of a question are asked about together."""
         return [self._answer(open_rgb(picture), prompts_of(question)) for picture, question in questions]
 
     def close(self) -> None:  # noqa: B027 — none of them holds anything

@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from own_cluster import Head, free_ports, own_cluster
 
 from pixellm.platform import registry
 from pixellm.platform.settings import TrackingSettings
 from pixellm.platform.wheel import build_wheel
+from tests.cluster.own_cluster import Head, free_ports, own_cluster
 
 pytestmark = pytest.mark.drill
 

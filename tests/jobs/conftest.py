@@ -30,18 +30,15 @@ def demo_shards(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 @pytest.fixture(scope="session")
 def masks_model_dir(demo_shards: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An untrained very small model that starts a group at once: its answers are all masks."""
-    import torch
     from micro_run import micro_settings
 
+    from benchmarks.untrained import start_groups
     from pixellm.jobs.train.build import build_model, build_processor
 
     folder = tmp_path_factory.mktemp("model")
     settings = micro_settings(demo_shards, folder)
     model, processor = build_model(settings), build_processor(settings)
-    with torch.no_grad():
-        model.lm_head.weight.zero_()
-        model.lm_head.weight[processor.token_ids.codebook[0]] = 1.0
-        model.language_model.norm.weight.fill_(1.0)
+    start_groups(model, processor)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder

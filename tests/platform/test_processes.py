@@ -12,10 +12,12 @@ import pytest
 
 from pixellm.platform.processes import MARK, ProcessId, identify, is_running, marked, stop
 
-# Starts a child in a session of its own and prints its number; both sleep.
+# Starts a child in a session of its own and, when it runs (until then it has no environment), prints its number.
 PARENT = """
 import subprocess, sys, time
-child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"], start_new_session=True)
+program = "import time; print('on', flush=True); time.sleep(300)"
+child = subprocess.Popen([sys.executable, "-c", program], start_new_session=True, stdout=subprocess.PIPE)
+child.stdout.readline()
 print(child.pid, flush=True)
 time.sleep(300)
 """

@@ -203,3 +203,9 @@ def test_a_submitted_job_knows_that_it_is_one(monkeypatch: pytest.MonkeyPatch) -
     assert not is_inside_ray_job()
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
     assert is_inside_ray_job()
+
+
+def test_a_folder_of_its_name_does_not_hide_a_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "demo").mkdir()  # what `pixellm demo` leaves
+    assert load_settings("demo").name == "demo"
