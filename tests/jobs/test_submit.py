@@ -127,7 +127,8 @@ from pathlib import Path
 from pixellm.jobs import job_client, submit
 from pixellm.jobs.submission import plan_submission
 program = '''
-import time
+import signal, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background inherits SIG_IGN
 try:
     print("running", flush=True)
     time.sleep(600)
