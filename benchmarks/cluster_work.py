@@ -36,7 +36,7 @@ PRESET = "tiny"
 _WORKERS = 2
 _QUESTION = "Segment everything."
 _ASKED_BEFORE_DEATH = 20
-_WARM_UP_BATCHES = 32
+_WARM_UP_BATCHES = 256  # until every raylet has started its processes
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """One worker's way to the service: pictures wait for their turn, requests are paid for, answers are on disk first.
 
-A request holds one of the `concurrency` places from before it is sent until its answer is in the ledger, so what a kill
-can make a later run repeat is never more than that many.
+A request holds one of the `concurrency` places while the service has it. It counts as under way until its answer is in
+the ledger; what a kill can make a later run repeat is what is under way then, at most `AskPlan.max_under_way`.
 """
 
 import asyncio
@@ -77,9 +77,14 @@ class AskPlan:
     concurrency: int = 64
 
     @property
+    def max_under_way(self) -> int:
+        """Requests at a time that are not on disk: those that the service has, and answers that are being written."""
+        return self.concurrency + self.concurrency // 4
+
+    @property
     def max_pictures(self) -> int:
         """Pictures in work at a time: some are being read or stored while others wait for the service."""
-        return self.concurrency + self.concurrency // 2 + 2
+        return self.max_under_way + self.concurrency // 2 + 2
 
 
 class Asker:
@@ -95,6 +100,7 @@ class Asker:
         self.max_pictures = plan.max_pictures
         self._pictures = asyncio.Semaphore(plan.max_pictures)
         self._places = asyncio.Semaphore(plan.concurrency)
+        self._under_way = asyncio.Semaphore(plan.max_under_way)
         self._link = LedgerLink(send)
         self._service = ChatService(plan.service, plan.concurrency)
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="muse-read")
@@ -172,11 +178,12 @@ class Asker:
         raise NoAnswerError(failure)
 
     async def _attempt(self, sent: ChatRequest, reserve_nusd: int) -> Answer:
-        """One attempt in one of the places; the ledger knows of its end, whatever it is, before the place is free."""
-        async with self._places:
-            await self._service.wait_for_turn()
+        """One attempt in one of the places; the ledger knows of its end, whatever it is, before anything follows."""
+        async with self._under_way:
             try:
-                found = await self._service.attempt(sent.body)
+                async with self._places:
+                    await self._service.wait_for_turn()
+                    found = await self._service.attempt(sent.body)
             except (AttemptError, LanguageModelError) as error:
                 may_be_billed = isinstance(error, AttemptError) and error.may_be_billed
                 await self._link.tell(Release(sent.key, may_be_billed))

@@ -71,11 +71,8 @@ def _too_long(draft: Draft, _offered: Sequence[Instance], limits: FilterLimits) 
 
 
 def _unsafe(draft: Draft, _offered: Sequence[Instance], _limits: FilterLimits) -> Fault | None:
-    for text in (draft.question, draft.answer, *draft.descriptions):
-        found = _UNSAFE.search(text)
-        if found:
-            return Fault(Reason.UNSAFE, found.group(0)[:40])
-    return None
+    found = _UNSAFE.search("\n".join((draft.question, draft.answer, *draft.descriptions)).lower())
+    return Fault(Reason.UNSAFE, found.group(0)[:40]) if found else None
 
 
 def _too_broad(draft: Draft, offered: Sequence[Instance], limits: FilterLimits) -> Fault | None:
@@ -89,7 +86,7 @@ def _too_broad(draft: Draft, offered: Sequence[Instance], limits: FilterLimits) 
 
 
 def _leak(draft: Draft, offered: Sequence[Instance], _limits: FilterLimits) -> Fault | None:
-    found = _META.search(f"{draft.question} {draft.answer}")
+    found = _META.search(f"{draft.question} {draft.answer}".lower())
     if found:
         return Fault(Reason.LEAK, f"speaks of {found.group(0)!r}")
     question = draft.question
@@ -157,10 +154,10 @@ _BROAD = re.compile(
     re.IGNORECASE,
 )
 
+#: Searched in lower-cased text: twice as fast as a search that ignores case.
 _META = re.compile(
     r"\b(?:bounding[ -]box(?:es)?|(?:object|instance|class|category) (?:id|ids|name|names|list)|ids? \d+|coordinates?"
-    r"|segmentation masks?|listed objects?|object list)\b|\[\s*\d+(?:\.\d+)?\s*,",
-    re.IGNORECASE,
+    r"|segmentation masks?|listed objects?|object list)\b|\[\s*\d+(?:\.\d+)?\s*,"
 )
 
 _UNSAFE = re.compile(
@@ -168,8 +165,7 @@ _UNSAFE = re.compile(
     r"|language model|porn\w*|nudes?|naked|sexual\w*|rap(?:e|ed|ing|ist)|suicid\w+|self-harm"
     r"|kill (?:him|her|them|your|my)\w*|murder\w*|terroris\w+|molotov|explosives?|cocaine|heroin|genocide|nazi\w*)\b"
     r"|https?://|www\.|\b[\w.+-]+@[\w-]+\.\w+|\b\d{3}[-. ]\d{3}[-. ]\d{4}\b"
-    r"|\[SEG\d*\]|<image>|<im_(?:start|end)>|<\|[^|]{1,40}\|>|</?s>|<script",
-    re.IGNORECASE,
+    r"|\[seg\d*\]|<image>|<im_(?:start|end)>|<\|[^|]{1,40}\|>|</?s>|<script"
 )
 
 #: One more of a kind that is marked elsewhere: "and the other cup".
