@@ -214,7 +214,8 @@ def _names(text: str, name: str) -> bool:
 
 def _words_for(text: str, instances: Sequence[Instance]) -> list[str]:
     """The different words by which a text names classes: "the circles" is one, whatever their colours are."""
-    found = [_name_pattern(instance.name).search(text.lower()) for instance in instances]
+    lowered = text.lower()
+    found = [_name_pattern(name).search(lowered) for name in dict.fromkeys(instance.name for instance in instances)]
     return list(dict.fromkeys(match.group(0) for match in found if match))
 
 
