@@ -43,7 +43,7 @@ from pixellm.platform.data.order import Draw, MixtureOrder, Order
 from pixellm.platform.data.schema import Row, RowDialogue
 from pixellm.platform.data.shards import open_shards, write_shards
 from pixellm.platform.data.stream import stream_batches
-from pixellm.platform.settings import ClusterSettings
+from pixellm.platform.settings import ClusterSettings, DataSettings
 
 BATCH = 8
 WARM_UP_SAMPLES = 256
@@ -124,7 +124,7 @@ class OurLoader:
             world_size=1,
             start_position=self.repeat * 10_000_000 if start is None else start,
             num_positions=count * BATCH,
-            block_size=32,
+            block_size=DataSettings().block_size,
             max_tasks=max_tasks,
         )
 

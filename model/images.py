@@ -23,6 +23,7 @@ from pixellm.errors import DataError
 
 DEFAULT_MAX_IMAGE_PIXELS = 64_000_000
 _ROUNDING = 1e-5
+_ORIENTATION = 0x0112  # EXIF
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 # What Pillow's plugins raise on damaged files, besides OSError and its own UnidentifiedImageError (an OSError).
 _DECODE_ERRORS: tuple[type[Exception], ...] = (
@@ -74,7 +75,8 @@ def open_rgb(image: Image.Image | bytes, *, max_pixels: int = DEFAULT_MAX_IMAGE_
             )
             _check_size(picture, max_pixels)
             picture.load()
-            upright = ImageOps.exif_transpose(picture)
+            is_turned = picture.getexif().get(_ORIENTATION, 1) != 1
+            upright = ImageOps.exif_transpose(picture) if is_turned else picture  # which would copy it
         return _to_rgb(upright)
     except UnidentifiedImageError:
         raise DataError(

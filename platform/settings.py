@@ -67,7 +67,7 @@ class DataSettings(_Section):
     min_target_share: float = Field(0.0, ge=0, lt=1, description="targets below this share of the picture are left out")
     negative_share: float = Field(0.0, ge=0, lt=1, description="composed questions for what a picture lacks")
     text_variation: float = Field(0.0, ge=0, le=1, description="how likely a question's wording is changed a little")
-    block_size: int = Field(32, ge=1, description="samples one reading task prepares")
+    block_size: int = Field(64, ge=1, description="samples one reading task prepares")
     max_tasks: int | None = Field(None, ge=1, description="reading tasks of one rank at a time; None: as Ray sees fit")
     task_cpus: float = Field(0.5, gt=0, description="logical CPUs of one reading task")
 
