@@ -13,7 +13,12 @@ from command_check import problem_with
 REPOSITORY = Path(__file__).resolve().parents[2]
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]
 # `pixellm` commands that need nothing but the checkout: run as they are written, in this order.
-QUICK = ("pixellm key ann", "pixellm train --config recipes/pixellm-7b.yaml --dry-run")
+QUICK = (
+    "pixellm key ann",
+    "pixellm train --config recipes/pixellm-7b.yaml --dry-run",
+    "pixellm train --config recipes/lisa-7b.yaml --dry-run",
+    "pixellm train --config recipes/tiny.yaml --train.lr=1e-4 --dry-run",
+)
 SLOWER = (
     "pixellm data prepare shapes --out shards/ --samples 64",
     "pixellm data stats shards/",
@@ -82,6 +87,22 @@ def test_every_other_command_is_of_a_program_that_we_know() -> None:
             if words[0] == "make":
                 targets = [word for word in words[1:] if "=" not in word]
                 assert all(re.search(rf"^{t}:", (REPOSITORY / "Makefile").read_text(), re.MULTILINE) for t in targets)
+
+
+def test_tests_that_pages_name_exist() -> None:
+    """`python -m pytest FILE -k "A or B"`: each of the words selects a test of the file."""
+    named = 0
+    for page in PAGES:
+        for command in commands_of(page):
+            words = shlex.split(command)
+            if words[:3] == ["python", "-m", "pytest"] and not words[3].startswith("-"):
+                tests = re.findall(
+                    r"^def (test_\w+)", (REPOSITORY / words[3]).read_text(encoding="utf-8"), re.MULTILINE
+                )
+                chosen = words[words.index("-k") + 1].split(" or ") if "-k" in words else [""]
+                named += len(chosen)
+                assert all(any(part in test for test in tests) for part in chosen), (page.name, command)
+    assert named >= 3
 
 
 def test_benchmarks_that_pages_name_exist() -> None:
