@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from command_check import problem_with
 
+import pixellm
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]
 # `pixellm` commands that need nothing but the checkout: run as they are written, in this order.
@@ -103,6 +105,13 @@ def test_tests_that_pages_name_exist() -> None:
                 named += len(chosen)
                 assert all(any(part in test for test in tests) for part in chosen), (page.name, command)
     assert named >= 3
+
+
+def test_the_api_page_shows_every_public_name() -> None:
+    shown = re.findall(r"^::: (\S+)$", (REPOSITORY / "docs" / "api.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert {f"pixellm.{name}" for name in pixellm.__all__} == {
+        name for name in shown if re.match(r"pixellm\.[A-Z]", name)
+    }
 
 
 def test_benchmarks_that_pages_name_exist() -> None:
