@@ -9,9 +9,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 SETUP := $(VENV)/.setup-done
 SETUP_DEV := $(VENV)/.setup-dev-done
+RELEASE_TOOLS := $(VENV)/release-tools
+RELEASE := $(VENV)/release
 SOURCES := model platform jobs serve pixellm
 
-.PHONY: demo test drills check format lint types setup setup-dev browser wheel clean
+.PHONY: demo test drills check format lint types setup setup-dev browser wheel lock licences sbom audit clean
 
 demo: $(SETUP)
 	$(BIN)/pixellm demo $(ARGS)
@@ -63,6 +65,33 @@ browser:
 
 wheel: $(SETUP_DEV)
 	$(BIN)/python -m build --wheel --no-isolation
+
+# The supply chain (CONTRIBUTING.md, "Releasing"). Its tools, and what an image would hold, have environments of their own.
+lock: $(RELEASE_TOOLS)/.done
+	$(RELEASE_TOOLS)/bin/python tools/lock.py
+
+licences: $(RELEASE_TOOLS)/.done $(RELEASE)/.done
+	$(RELEASE_TOOLS)/bin/python tools/licences.py $(RELEASE)/bin/python
+
+sbom: $(RELEASE_TOOLS)/.done $(RELEASE)/.done
+	mkdir -p dist
+	$(RELEASE_TOOLS)/bin/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible \
+	  --output-file dist/pixellm.cdx.json $(RELEASE)/bin/python
+
+audit: $(RELEASE_TOOLS)/.done
+	$(RELEASE_TOOLS)/bin/python tools/audit.py $(ARGS)
+
+$(RELEASE_TOOLS)/.done: tools/release.lock
+	$(PYTHON) -m venv --clear $(RELEASE_TOOLS)
+	$(RELEASE_TOOLS)/bin/python -m pip install --quiet --require-hashes --requirement tools/release.lock
+	touch $@
+
+$(RELEASE)/.done: requirements.lock constraints.txt
+	$(PYTHON) -m venv --clear $(RELEASE)
+	$(RELEASE)/bin/python -m pip install --quiet --require-hashes --no-deps --requirement requirements.lock
+	TORCH_INDEX_URL="$(TORCH_INDEX_URL)" $(RELEASE)/bin/python tools/install_torch.py
+	$(RELEASE)/bin/python -m pip check
+	touch $@
 
 clean:
 	rm -rf build dist *.egg-info demo runs .coverage* htmlcov

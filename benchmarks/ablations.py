@@ -66,7 +66,7 @@ class Budget:
     questions: int
 
 
-QUICK = Budget("quick", steps=120, pictures=2000, questions=96)
+QUICK = Budget("quick", steps=100, pictures=2000, questions=64)
 WHOLE = Budget("whole", steps=700, pictures=8000, questions=300)
 
 

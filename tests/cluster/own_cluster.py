@@ -31,6 +31,16 @@ class Head:
     url: str
     address: str
     environment: dict[str, str]
+    _raylet: "_Started"
+
+    def kill(self) -> None:
+        """Ends all processes of the head at once, as a machine does that loses its power."""
+        self._raylet.kill()
+
+    def start_again(self) -> None:
+        """Starts a killed head with the same words, ports and folder; returns when its dashboard answers."""
+        self._raylet.start()
+        _wait_for(lambda: answers(self.url), self._raylet)
 
 
 @contextmanager
@@ -55,7 +65,7 @@ def own_cluster(*, head_cpus: int = 4, nodes: tuple[int, ...] = (), **variables:
             [agent] = free_ports(1)
             words = [f"--address={address}", f"--num-cpus={cpus}", f"--dashboard-agent-listen-port={agent}"]
             start(_raylet(words, environment | variables))
-        yield Head(url, address, environment)
+        yield Head(url, address, environment, head)
 
 
 def free_ports(count: int) -> list[int]:
@@ -76,10 +86,22 @@ def answers(url: str) -> bool:
         return False
 
 
-@dataclass(frozen=True)
 class _Started:
-    process: subprocess.Popen[bytes]
-    log: Path
+    """`ray start` in a process group of its own."""
+
+    def __init__(self, command: list[str], environment: dict[str, str], folder: Path) -> None:
+        self._command, self._environment, self.log = command, environment, folder / "log"
+        self.start()
+
+    def start(self) -> None:
+        with self.log.open("a") as log:
+            self.process = subprocess.Popen(
+                self._command, env=self._environment, stdout=log, stderr=log, start_new_session=True
+            )
+
+    def kill(self) -> None:
+        os.killpg(self.process.pid, signal.SIGKILL)  # a graceful end takes half a minute
+        self.process.wait()
 
 
 @contextmanager
@@ -87,20 +109,12 @@ def _raylet(words: list[str], environment: dict[str, str]) -> Iterator[_Started]
     folder = Path(tempfile.mkdtemp(prefix="pixellm-ray-", dir="/tmp"))  # short: Ray keeps sockets below it
     command = [f"{Path(sys.executable).parent}/ray", "start", "--block", "--disable-usage-stats", *words]
     command += [f"--temp-dir={folder}/ray"] if "--head" in words else []
-    with (folder / "log").open("w") as log:
-        process = subprocess.Popen(
-            command,
-            env=environment | _VARIABLES | {"RAY_TMPDIR": f"{folder}/ray"},
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-        )
+    started = _Started(command, environment | _VARIABLES | {"RAY_TMPDIR": f"{folder}/ray"}, folder)
     try:
-        yield _Started(process, folder / "log")
-        assert process.poll() is None, (folder / "log").read_text()
+        yield started
+        assert started.process.poll() is None, started.log.read_text()
     finally:
-        os.killpg(process.pid, signal.SIGKILL)  # a graceful end takes half a minute; its workers end with the raylet
-        process.wait()
+        started.kill()
         shutil.rmtree(folder, ignore_errors=True)
 
 
