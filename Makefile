@@ -11,6 +11,7 @@ SETUP := $(VENV)/.setup-done
 SETUP_DEV := $(VENV)/.setup-dev-done
 RELEASE_TOOLS := $(VENV)/release-tools
 RELEASE := $(VENV)/release
+VERSION = $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' pixellm/__init__.py)
 SOURCES := model platform jobs serve pixellm
 
 .PHONY: demo test drills check format lint types setup setup-dev browser wheel lock licences sbom audit clean
@@ -75,8 +76,9 @@ licences: $(RELEASE_TOOLS)/.done $(RELEASE)/.done
 
 sbom: $(RELEASE_TOOLS)/.done $(RELEASE)/.done
 	mkdir -p dist
-	$(RELEASE_TOOLS)/bin/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible \
-	  --output-file dist/pixellm.cdx.json $(RELEASE)/bin/python
+	sed 's/^dynamic = .*/version = "$(VERSION)"/' pyproject.toml > dist/pyproject.toml
+	$(RELEASE_TOOLS)/bin/cyclonedx-py environment --pyproject dist/pyproject.toml --output-reproducible \
+	  --output-file dist/pixellm-$(VERSION).cdx.json $(RELEASE)/bin/python
 
 audit: $(RELEASE_TOOLS)/.done
 	$(RELEASE_TOOLS)/bin/python tools/audit.py $(ARGS)
