@@ -157,7 +157,7 @@ class PixelLMClient:
             options: `threshold`, `max_tokens`, `temperature`, `top_p`, `seed`, `stop`.
 
         Raises:
-            As `segment`.
+            PixelLMError: as `segment`.
         """
         return read_completion(self._send("POST", self._requests.chat(image, prompt, history, options, stream=False)))
 
@@ -167,7 +167,7 @@ class PixelLMClient:
         """`chat`, as it comes: `RemoteText` and `RemoteTarget` in order, `RemoteResult` last. Leaving early cancels.
 
         Raises:
-            As `segment`; an answer that breaks off is not asked again.
+            PixelLMError: as `segment`; an answer that breaks off is not asked again.
         """
         request = self._requests.chat(image, prompt, history, options, stream=True)
         response = self._send("POST", request, stream=True)
