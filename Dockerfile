@@ -3,22 +3,22 @@
 #   docker build --build-arg TORCH_INDEX_URL=… --tag pixellm:0.1.0-cpu .          PyTorch's CPU wheel index
 #   docker build --target cuda --tag pixellm:0.1.0-cuda .                         torch with its CUDA libraries
 #
-# The layers, from what changes least to what changes most: system, dependencies (pinned by constraints.txt), our wheel.
+# The layers, from what changes least to what changes most: system, dependencies (requirements.lock, torch), our wheel.
 FROM python:3.11-slim-bookworm AS dependencies
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 RUN python -m venv /opt/venv
 ENV PATH=/opt/venv/bin:$PATH
 WORKDIR /build
-COPY constraints.txt pyproject.toml ./
+COPY constraints.txt requirements.lock ./
+# The dependencies alone, so that a change of our code does not install them again. A file with another hash is refused.
+RUN pip install --require-hashes --no-deps --requirement requirements.lock
+# After them, for torch's index need not have the versions of what torch needs. It and its CUDA libraries have no hash.
 ARG TORCH_INDEX_URL=""
-RUN pip install --constraint constraints.txt ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"} torch
-# The dependencies alone, so that a change of our code does not install them again.
-RUN python -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
-      print(*p['dependencies'], *p['optional-dependencies']['tracking'], sep='\n')" > requirements.txt \
- && pip install --constraint constraints.txt --requirement requirements.txt
+RUN pip install --constraint constraints.txt ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"} torch \
+ && pip check
 
 FROM dependencies AS wheel
-COPY README.md LICENSE ./
+COPY pyproject.toml README.md LICENSE ./
 COPY model model
 COPY platform platform
 COPY jobs jobs

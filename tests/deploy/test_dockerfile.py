@@ -37,14 +37,14 @@ def test_what_it_copies_exists_and_is_let_in(lines: list[str], repository: Path)
     copied = [
         source for line in lines if line.startswith("COPY ") and "--from=" not in line for source in line.split()[1:-1]
     ]
-    assert {"constraints.txt", "pixellm", "model"} <= set(copied)
+    assert {"constraints.txt", "requirements.lock", "pixellm", "model"} <= set(copied)
     for source in copied:
         assert (repository / source).exists()
         assert source.split("/")[0] in allowed
     assert allowed == {source.split("/")[0] for source in copied}
 
 
-def test_every_target_ends_without_root_and_installs_by_the_constraints(lines: list[str]) -> None:
+def test_every_target_ends_without_root_and_installs_by_hashes_or_constraints(lines: list[str]) -> None:
     stages: dict[str, list[str]] = {}
     for line in lines:
         if line.startswith("FROM "):
@@ -58,7 +58,8 @@ def test_every_target_ends_without_root_and_installs_by_the_constraints(lines: l
     assert list(stages)[-1] == "cpu"
     for line in lines:
         for install in re.findall(r"pip (?:install|wheel)[^&]*", line):
-            assert "--constraint constraints.txt" in install or "--no-index" in install
+            assert re.search("--require-hashes|--constraint constraints.txt|--no-index", install)
+    assert any("--require-hashes --no-deps --requirement requirements.lock" in line for line in stages["dependencies"])
 
 
 def test_its_python_is_the_one_of_the_cluster_images(lines: list[str], repository: Path) -> None:
