@@ -76,8 +76,8 @@ licences: $(RELEASE_TOOLS)/.done $(RELEASE)/.done
 
 sbom: $(RELEASE_TOOLS)/.done $(RELEASE)/.done
 	mkdir -p dist
-	sed 's/^dynamic = .*/version = "$(VERSION)"/' pyproject.toml > dist/pyproject.toml
-	$(RELEASE_TOOLS)/bin/cyclonedx-py environment --pyproject dist/pyproject.toml --output-reproducible \
+	sed 's/^dynamic = .*/version = "$(VERSION)"/' pyproject.toml > $(RELEASE)/pyproject.toml
+	$(RELEASE_TOOLS)/bin/cyclonedx-py environment --pyproject $(RELEASE)/pyproject.toml --output-reproducible \
 	  --output-file dist/pixellm-$(VERSION).cdx.json $(RELEASE)/bin/python
 
 audit: $(RELEASE_TOOLS)/.done
