@@ -82,17 +82,21 @@ def measure(preset: str, *, quick: bool, seed: int) -> dict[str, Any]:
     """Runs everything and returns the numbers."""
     torch.set_num_threads(1)
     steps, every = (16, 4) if quick else (40, 5)
+    elastic_steps = steps if quick else 160  # a group that grows needs steps to do so
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     with tempfile.TemporaryDirectory(prefix="pixellm-resume-") as scratch:
         folder = Path(scratch)
         with single_process_group():  # once: DeepSpeed keeps groups that outlive a second one
             whole, stops, is_equal = stop_and_resume(preset, folder / "exact", steps, seed)
             refused = refuse_writes(preset, folder / "refused", steps, every)
+            if elastic_steps != steps:
+                alone = recipe(preset, folder, elastic_steps, elastic_steps, num_workers=1, grad_accumulation=2)
+                whole = drills.run_alone(alone, folder / "alone").curve
         recover, repeated = kill_processes(preset, folder / "killed", steps, every)
         recover |= refused
         repeated |= dict.fromkeys(refused, 0)
         elastic = recipe(
-            preset, folder / "elastic", steps, every, num_workers=(1, 2), worker_cpus=2.0, max_failures=5,
+            preset, folder / "elastic", elastic_steps, every, num_workers=(1, 2), worker_cpus=2.0, max_failures=5,
             resize_check_s=1.0,
         )  # fmt: skip
         (outcome,) = drills.in_a_process_of_its_own(elastic, folder / "elastic" / "run", every + 1, grow_after=2)
