@@ -87,14 +87,14 @@ def _is_same_answer(one: list[Any], other: list[Any]) -> bool:
 
 def measure(folder: Path, *, quick: bool) -> dict[str, Any]:
     """Runs everything and returns the numbers."""
-    timed = Sizes(1024, 12, 400, 0, 1) if quick else Sizes(4096, 40, 1600, 0, 3)
+    timed = Sizes(1024, 12, 400, 0, 1) if quick else Sizes(2048, 24, 800, 0, 2)
     faulty = replace(timed, pictures=200 if quick else 2000, poisoned=5 if quick else 20, repeats=1)
     prepare_demo(folder / "demo")
     (folder / "demo" / "coco").rename(folder / "shards")
     write_pictures(folder / "pictures", timed.pictures, 0)
     write_untrained(PRESET, folder / "model", answers_with_masks=True)
     runs: dict[int, list[dict[str, Any]]] = {count: [] for count in ((1, 4) if quick else (1, 2, 4))}
-    for turn in range(1 if quick else 3):
+    for turn in range(1 if quick else 2):
         for count, results in runs.items():
             results.append(run_cluster(f"raylets-{count}-{turn}", count, folder, timed))
     rates = {
