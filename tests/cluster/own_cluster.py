@@ -10,7 +10,7 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,8 +33,12 @@ class Head:
     environment: dict[str, str]
     _raylet: "_Started"
 
+    def processes(self) -> list[int]:
+        """The ids of all processes of the head, Ray's workers included."""
+        return self._raylet.processes()
+
     def kill(self) -> None:
-        """Ends all processes of the head at once, as a machine does that loses its power."""
+        """Ends them all at once, as a machine does that loses its power."""
         self._raylet.kill()
 
     def start_again(self) -> None:
@@ -87,21 +91,37 @@ def answers(url: str) -> bool:
 
 
 class _Started:
-    """`ray start` in a process group of its own."""
+    """`ray start` in a session of its own."""
 
     def __init__(self, command: list[str], environment: dict[str, str], folder: Path) -> None:
-        self._command, self._environment, self.log = command, environment, folder / "log"
+        self._command, self._environment, self._folder, self.log = command, environment, folder, folder / "log"
         self.start()
 
     def start(self) -> None:
+        # Left by one that was killed; with it Ray takes a raylet that still looks for that head for the head itself.
+        (self._folder / "ray" / "ray_current_cluster").unlink(missing_ok=True)
         with self.log.open("a") as log:
             self.process = subprocess.Popen(
                 self._command, env=self._environment, stdout=log, stderr=log, start_new_session=True
             )
 
+    def processes(self) -> list[int]:
+        pids = (int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit())
+        return [pid for pid in pids if _session(pid) == self.process.pid]
+
     def kill(self) -> None:
-        os.killpg(self.process.pid, signal.SIGKILL)  # a graceful end takes half a minute
+        for pid in self.processes():  # a graceful end takes half a minute
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         self.process.wait()
+
+
+def _session(pid: int) -> int:
+    """The session of a process, which its children share: a worker of Ray is in a process group of its own."""
+    try:
+        return os.getsid(pid)
+    except ProcessLookupError:  # ended meanwhile
+        return -1
 
 
 @contextmanager
