@@ -87,7 +87,7 @@ def _is_same_answer(one: list[Any], other: list[Any]) -> bool:
 
 def measure(folder: Path, *, quick: bool) -> dict[str, Any]:
     """Runs everything and returns the numbers."""
-    timed = Sizes(1024, 12, 400, 0, 1) if quick else Sizes(2048, 24, 800, 0, 2)
+    timed = Sizes(4096, 12, 400, 0, 1) if quick else Sizes(8192, 48, 800, 0, 2)
     faulty = replace(timed, pictures=200 if quick else 2000, poisoned=5 if quick else 20, repeats=1)
     prepare_demo(folder / "demo")
     (folder / "demo" / "coco").rename(folder / "shards")
