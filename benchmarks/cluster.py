@@ -29,9 +29,9 @@ from pixellm.platform import storage
 _DEADLINE_S = 1800
 KINDS = ("data", "training", "prediction")
 _SAME_LOSS = 1e-5
+_SAME_AREA = 0.02
 #: A node's monitors have a machine's cores to themselves; here four of them would share two with the work.
 _FEWER_REPORTS = {"REPORTER_UPDATE_INTERVAL_MS": "30000", "RAY_enable_metrics_collection": "0"}
-_SAME_AREA = 0.02
 
 
 def run_cluster(name: str, raylets: int, folder: Path, sizes: Sizes, *, faults: bool = False) -> dict[str, Any]:

@@ -98,7 +98,8 @@ def measure_kills(folder: Path, shards: Path, actors: int) -> dict[str, Any]:
     """(b): the dataset after kill -9 at three random moments against the undisturbed one, requests repeated, cost."""
     concurrency, out = 8, folder / "killed"
     with ServerProcess() as server:
-        calm = generate(plan_for(server, shards, concurrency), str(folder / "calm"), actors=0)
+        plan = plan_for(server, shards, concurrency)
+        calm = generate(plan, str(folder / "calm"), actors=0)
         answers = server.books()["answers"]
     command = [sys.executable, "-m", "pixellm.cli", "muse", "generate", "--images", str(shards), "--out", str(out),
                "--model", "scripted", "--concurrency", str(concurrency), "--actors", str(actors), "--json"]  # fmt: skip
@@ -117,7 +118,7 @@ def measure_kills(folder: Path, shards: Path, actors: int) -> dict[str, Any]:
     is_cost_equal = report["cost"]["spent_usd"] == calm.cost["spent_usd"]
     print(f"(b) kill -9 after answers {moments} of {answers}, {actors} actors: dataset "
           f"{'equal' if is_equal else 'DIFFERS'}, cost {'equal' if is_cost_equal else 'DIFFERS'}, {repeated} requests "
-          f"repeated ({len(moments)} × {concurrency} were under way at most)")  # fmt: skip
+          f"repeated ({len(moments)} × {plan.max_under_way} were under way at most)")  # fmt: skip
     is_resumed = is_equal and is_cost_equal and repeated <= len(moments) * concurrency
     return {"resume_equal": is_resumed, "requests_repeated": repeated}
 

@@ -115,6 +115,7 @@ def measure(preset: str, *, quick: bool, seed: int) -> dict[str, Any]:
         "steps_repeated": repeated,
         "checkpoint_every": every,
         "steps": steps,
+        "elastic_steps": elastic_steps,
     }
 
 

@@ -17,13 +17,12 @@ import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from pixellm.errors import DataError
 
 DEFAULT_MAX_IMAGE_PIXELS = 64_000_000
 _ROUNDING = 1e-5
-_ORIENTATION = 0x0112  # EXIF
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 # What Pillow's plugins raise on damaged files, besides OSError and its own UnidentifiedImageError (an OSError).
 _DECODE_ERRORS: tuple[type[Exception], ...] = (
@@ -62,6 +61,9 @@ def open_rgb(image: Image.Image | bytes, *, max_pixels: int = DEFAULT_MAX_IMAGE_
         image: encoded bytes, or a PIL picture (left unchanged).
         max_pixels: larger pictures are refused by their header, before any pixel is decoded.
 
+    Returns:
+        The given PIL picture itself where it is upright RGB already, else a new one.
+
     Raises:
         DataError: not a picture, truncated, or too large.
     """
@@ -75,8 +77,8 @@ def open_rgb(image: Image.Image | bytes, *, max_pixels: int = DEFAULT_MAX_IMAGE_
             )
             _check_size(picture, max_pixels)
             picture.load()
-            is_turned = picture.getexif().get(_ORIENTATION, 1) != 1
-            upright = ImageOps.exif_transpose(picture) if is_turned else picture  # which would copy it
+            is_turned = picture.getexif().get(ExifTags.Base.Orientation, 1) != 1
+            upright = ImageOps.exif_transpose(picture) if is_turned else picture  # it copies an upright one
         return _to_rgb(upright)
     except UnidentifiedImageError:
         raise DataError(

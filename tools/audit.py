@@ -13,6 +13,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from packaging.utils import canonicalize_name
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 UNREACHABLE = re.compile(
     r"ConnectionError|ConnectTimeout|ReadTimeout|ProxyError|SSLError|Could not connect|50[234] Server"
@@ -26,7 +28,7 @@ def pins() -> list[str]:
     for name in ("requirements.lock", "requirements-dev.lock", "constraints.txt"):
         text = (REPOSITORY / name).read_text(encoding="utf-8")
         for package, version in re.findall(r"^([\w.-]+)==(\S+)", text, re.MULTILINE):
-            found[re.sub(r"[-_.]+", "-", package).lower()] = version
+            found[canonicalize_name(package)] = version
     return [f"{package}=={version}" for package, version in sorted(found.items())]
 
 

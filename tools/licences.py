@@ -10,6 +10,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from packaging.utils import canonicalize_name
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 PAGE = REPOSITORY / "docs" / "licences.md"
 TOOLS_OF_THE_VENV = {"pip", "wheel"}
@@ -43,11 +45,6 @@ Worth knowing before an image leaves the house:
 """
 
 
-def canonical(name: str) -> str:
-    """The name as the package index compares it."""
-    return re.sub(r"[-_.]+", "-", name).lower()
-
-
 def is_denied(licence: str) -> bool:
     """Whether users of pixellm could not live with it."""
     return bool(DENIED.search(licence))
@@ -59,7 +56,7 @@ def licences(python: str) -> list[tuple[str, str, str]]:
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     rows = []
     for package in json.loads(done.stdout):
-        name = canonical(package["Name"])
+        name = canonicalize_name(package["Name"])
         if name not in TOOLS_OF_THE_VENV:
             version = package["Version"].split("+")[0]  # 2.13.0+cpu
             rows.append((name, version, READ_BY_HAND.get(name, package["License"])))

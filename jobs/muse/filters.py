@@ -154,7 +154,7 @@ _BROAD = re.compile(
     re.IGNORECASE,
 )
 
-#: Searched in lower-cased text: twice as fast as a search that ignores case.
+#: This and `_UNSAFE` are searched in lower-cased text: twice as fast as a search that ignores case.
 _META = re.compile(
     r"\b(?:bounding[ -]box(?:es)?|(?:object|instance|class|category) (?:id|ids|name|names|list)|ids? \d+|coordinates?"
     r"|segmentation masks?|listed objects?|object list)\b|\[\s*\d+(?:\.\d+)?\s*,"

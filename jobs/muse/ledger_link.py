@@ -1,7 +1,7 @@
 """How coroutines talk to the ledger: messages that wait are sent together, and one batch is under way at a time.
 
 Under load this is one synced transaction (and one call of a Ray actor) for dozens of messages; when little happens it
-is one for each, without delay. Nothing goes on before the ledger has answered.
+is one for each, sent at once or 10 ms after the one before. Nothing goes on before the ledger has answered.
 """
 
 import asyncio

@@ -3,13 +3,12 @@
 import io
 from dataclasses import dataclass
 
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from pixellm.platform.llm_service import DataUrl
 from pixellm.platform.masks import Box
 
 _SENT_AS_IT_IS = {"JPEG": "image/jpeg", "PNG": "image/png", "WEBP": "image/webp"}
-_ORIENTATION = 0x0112
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +28,7 @@ def prepare_picture(encoded: bytes, longest_side: int) -> SentPicture:
     """
     with Image.open(io.BytesIO(encoded)) as picture:
         media_type = _SENT_AS_IT_IS.get(picture.format or "")
-        is_upright = picture.getexif().get(_ORIENTATION, 1) == 1
+        is_upright = picture.getexif().get(ExifTags.Base.Orientation, 1) == 1
         if media_type and is_upright and max(picture.size) <= longest_side:
             return SentPicture(DataUrl.of(media_type, encoded), (picture.height, picture.width))
         picture.draft("RGB", (longest_side, longest_side))

@@ -5,16 +5,15 @@ Annotators' tools of the time ignored the tag. Only its value in the file change
 
 import struct
 
-from PIL import Image
+from PIL import ExifTags, Image
 
-_ORIENTATION = 0x0112
 _UPRIGHT = 1
 _FIRST_QUARTER_TURN = 5
 
 
 def turns_quarter(picture: Image.Image) -> bool:
     """Whether a picture is displayed with its sides exchanged."""
-    return int(picture.getexif().get(_ORIENTATION, _UPRIGHT)) >= _FIRST_QUARTER_TURN
+    return int(picture.getexif().get(ExifTags.Base.Orientation, _UPRIGHT)) >= _FIRST_QUARTER_TURN
 
 
 def without_turn(encoded: bytes) -> bytes | None:
@@ -40,7 +39,7 @@ def _find_orientation(encoded: bytes) -> tuple[int, str] | None:
         for number in range(count):
             entry = tiff + directory + 2 + 12 * number
             tag, kind, values = struct.unpack_from(f"{order}HHI", encoded, entry)
-            if (tag, kind, values) == (_ORIENTATION, 3, 1):
+            if (tag, kind, values) == (ExifTags.Base.Orientation, 3, 1):
                 return entry + 8, order
     except (struct.error, KeyError):
         return None
