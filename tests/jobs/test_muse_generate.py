@@ -32,6 +32,9 @@ BAD_DAY = {
     "json": 0.07, "markers": 0.08, "unknown": 0.08, "single": 0.07, "duplicate": 0.1, "leak": 0.07, "unmarked": 0.08,
     "refuse": 0.07, "unsafe": 0.1, "fewer": 0.05,
 }  # fmt: skip
+#: What is set aside for the dearest request about the demo's photographs: a repair, which repeats question and answer
+#: (0.0171 to 0.0178; a first question 0.0155 to 0.0163).
+MOST_USD = 0.018
 
 
 def plan_for(server: MuseServer, shards: str, concurrency: int = 8, **options: Any) -> AskPlan:
@@ -127,7 +130,7 @@ def test_the_budget_is_never_passed_and_a_larger_one_goes_on_from_there(
         assert spent is not None
         assert lost is not None
         assert spent + lost <= budget
-        assert spent + lost > budget - 0.015  # no more is left over than one request may cost
+        assert spent + lost > budget - MOST_USD  # no more is left over than one request may cost
         assert not report.is_complete
         assert adds_up(report.to_json_dict())
         text = report.to_text()
