@@ -48,8 +48,12 @@ class Head:
 
 
 @contextmanager
-def own_cluster(*, head_cpus: int = 4, nodes: tuple[int, ...] = (), **variables: str) -> Iterator[Head]:
+def own_cluster(
+    *, head_cpus: int = 4, nodes: tuple[int, ...] = (), head_words: tuple[str, ...] = (), **variables: str
+) -> Iterator[Head]:
     """A head, and a raylet with so many logical CPUs for each number in `nodes`; all were up to the end, or it fails.
+
+    `head_words` are further options of `ray start --head`, the variables are set for every node.
 
     Nobody has activated the environment that Ray is started from: it is not on the PATH.
     """
@@ -63,7 +67,7 @@ def own_cluster(*, head_cpus: int = 4, nodes: tuple[int, ...] = (), **variables:
         ports = [f"--port={gcs}", f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}"]
         ports.append(f"--ray-client-server-port={client}")
         start = stack.enter_context
-        head = start(_raylet(["--head", f"--num-cpus={head_cpus}", *ports], environment | variables))
+        head = start(_raylet(["--head", f"--num-cpus={head_cpus}", *ports, *head_words], environment | variables))
         _wait_for(lambda: answers(url), head)
         for cpus in nodes:
             [agent] = free_ports(1)

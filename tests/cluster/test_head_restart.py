@@ -46,6 +46,7 @@ pytestmark = pytest.mark.drill
 
 _DEADLINE_S = 120
 _AWAY_S = 10
+_REDIS_PASSWORD = "drill-password"
 _BIN = Path(sys.executable).parent
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -71,13 +72,13 @@ class Story:
 
 @pytest.fixture(scope="module")
 def redis_address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A Redis that keeps everything in memory."""
+    """A Redis as `deploy/kuberay` starts it, with its password; yields its address."""
     program = shutil.which("redis-server")
     if program is None:
         pytest.fail("no redis-server on this machine: install Debian's package `redis-server`")
     [port] = free_ports(1)
     folder = tmp_path_factory.mktemp("redis")
-    words = ["--bind", "127.0.0.1", "--port", str(port), "--save", "", "--appendonly", "no", "--dir", str(folder)]
+    words = ["--bind", "127.0.0.1", "--port", str(port), "--dir", str(folder), *_redis_arguments()]
     with (folder / "log").open("w") as log:
         process = subprocess.Popen([program, *words], stdout=log, stderr=log)
     try:
@@ -89,12 +90,20 @@ def redis_address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         process.wait()
 
 
+def _redis_arguments() -> list[str]:
+    manifest = REPOSITORY / "deploy" / "kuberay" / "base" / "redis.yaml"
+    [redis] = [item for item in yaml.safe_load_all(manifest.read_text()) if item["kind"] == "StatefulSet"]
+    [container] = redis["spec"]["template"]["spec"]["containers"]
+    return [_REDIS_PASSWORD if word == "$(REDIS_PASSWORD)" else word for word in container["args"]]
+
+
 @pytest.fixture(scope="module")
 def head(redis_address: str) -> Iterator[Head]:
     """A head without logical CPUs, and a node with two, which waits for a head as long as KubeRay lets its workers."""
     with own_cluster(
         head_cpus=0,
         nodes=(2,),
+        head_words=(f"--redis-password={_REDIS_PASSWORD}",),
         RAY_REDIS_ADDRESS=redis_address,
         RAY_external_storage_namespace="drill",
         RAY_gcs_rpc_server_reconnect_timeout_s="600",

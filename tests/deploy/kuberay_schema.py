@@ -12,6 +12,7 @@ Schema = dict[str, Any]
 _TEMPLATE = {"$ref": "https://kubernetes.io/api/_definitions.json#/$defs/io.k8s.api.core.v1.PodTemplateSpec"}
 _SERVICE = {"$ref": "https://kubernetes.io/api/_definitions.json#/$defs/io.k8s.api.core.v1.Service"}
 _RESOURCES = {"$ref": "https://kubernetes.io/api/_definitions.json#/$defs/io.k8s.api.core.v1.ResourceRequirements"}
+_SOURCE = {"$ref": "https://kubernetes.io/api/_definitions.json#/$defs/io.k8s.api.core.v1.EnvVarSource"}
 _TEXT: Schema = {"type": "string"}
 _COUNT: Schema = {"type": "integer", "minimum": 0}
 _FLAG: Schema = {"type": "boolean"}
@@ -27,6 +28,7 @@ def _object(required: tuple[str, ...] = (), /, **properties: Schema) -> Schema:
     }
 
 
+_CREDENTIAL = _object(value=_TEXT, valueFrom=_SOURCE)
 _AUTOSCALER = _object(
     version={"enum": ["v1", "v2"]},
     upscalingMode={"enum": ["Default", "Aggressive", "Conservative"]},
@@ -62,6 +64,12 @@ _WORKERS = _object(
 _CLUSTER = _object(
     ("headGroupSpec",),
     rayVersion=_TEXT,
+    gcsFaultToleranceOptions=_object(
+        redisAddress=_TEXT,
+        redisUsername=_CREDENTIAL,
+        redisPassword=_CREDENTIAL,
+        externalStorageNamespace=_TEXT,
+    ),
     authOptions=_object(mode={"enum": ["disabled", "token"]}),
     enableInTreeAutoscaling=_FLAG,
     autoscalerOptions=_AUTOSCALER,

@@ -21,7 +21,7 @@ KUBERAY = Path(__file__).resolve().parents[2] / "deploy" / "kuberay"
 OVERLAYS = ("local", "gpu")
 KUBERNETES = ("1.31", "1.34")
 # Made by hand before `kubectl apply` (docs/cluster.md); no file holds one.
-SECRETS = {"serving-keys", "tracking-secrets", "ray-secrets"}
+SECRETS = {"serving-keys", "tracking-secrets", "redis-secrets", "ray-secrets"}
 
 
 @cache
@@ -151,6 +151,20 @@ def test_the_service_is_the_one_of_serve_config(overlay: str, repository: Path) 
     assert given == plain
 
 
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_the_service_outlives_its_head(overlay: str) -> None:
+    spec = _one(overlay, "RayService")["spec"]
+    assert spec["excludeHeadPodFromServeSvc"] is True
+    assert spec["rayClusterConfig"]["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
+    options = spec["rayClusterConfig"]["gcsFaultToleranceOptions"]
+    name, _, port = options["redisAddress"].partition(":")
+    [listening] = _one(overlay, "Service", name)["spec"]["ports"]
+    assert str(listening["port"]) == port
+    [redis] = _one(overlay, "StatefulSet", name)["spec"]["template"]["spec"]["containers"]
+    [password] = [variable for variable in redis["env"] if variable["name"] == "REDIS_PASSWORD"]
+    assert options["redisPassword"] == {"valueFrom": password["valueFrom"]}
+
+
 def test_the_service_knows_its_settings() -> None:
     from pixellm.platform.settings import load_settings
 
@@ -253,6 +267,8 @@ RAY = {"ray.io/is-ray-node": "yes"}
         ({"app": "mlflow"}, {"app": "minio"}, 9000, True),
         ({"app": "prometheus"}, RAY, 8080, True),
         ({"app": "grafana"}, {"app": "prometheus"}, 9090, True),
+        (RAY, {"app": "redis"}, 6379, True),
+        ({"app": "mlflow"}, {"app": "redis"}, 6379, False),
         (RAY, {"app": "postgres"}, 5432, False),
         ({"app": "grafana"}, RAY, 8265, False),
         ({"app": "prometheus"}, RAY, 8265, False),
