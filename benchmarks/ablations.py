@@ -66,7 +66,7 @@ class Budget:
     questions: int
 
 
-QUICK = Budget("quick", steps=100, pictures=2000, questions=64)
+QUICK = Budget("quick", steps=70, pictures=2000, questions=48)
 WHOLE = Budget("whole", steps=700, pictures=8000, questions=300)
 
 

@@ -9,7 +9,7 @@ import hashlib
 import io
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -47,7 +47,6 @@ class Sizes:
     steps: int
     pictures: int
     poisoned: int
-    repeats: int
 
 
 @contextmanager
@@ -106,26 +105,45 @@ def read_samples(shards: str, samples: int, at_half: Callable[[], object] | None
 def train_steps(
     folder: Path, steps: int, fault: Callable[[Recorder], None] | None = None
 ) -> tuple[float, dict[int, float]]:
-    """Two workers; returns samples/s (start-up left out) and the loss of every step."""
+    """Two workers; returns samples/s (see `steady_rate`) and the loss of every step."""
     settings = recipe(PRESET, folder, steps, max(2, steps // 4), num_workers=_WORKERS, max_failures=3)
-    outcome = run_in_group(settings, folder / "run", fault)
-    return outcome.result.samples_per_s, outcome.curve
+    seen: list[tuple[float, int]] = []
+
+    def look(view: Recorder) -> None:
+        seen.append((time.perf_counter(), view.step))
+        if fault is not None:
+            fault(view)
+
+    outcome = run_in_group(settings, folder / "run", look)
+    return settings.train.global_batch_size * steady_rate(seen, steps), outcome.curve
 
 
 def predict_pictures(
     plan: BatchPlan, actors: int, on_progress: Callable[[BatchProgress], None] | None = None, opener: Any = open_engine
 ) -> float:
-    """Predicts; returns pictures/s after the first block."""
+    """Predicts; returns pictures/s (see `steady_rate`)."""
     seen: list[tuple[float, int]] = []
 
     def look(progress: BatchProgress) -> None:
-        if progress.done_here:
-            seen.append((time.perf_counter(), progress.done))
+        seen.append((time.perf_counter(), progress.done))
         if on_progress is not None:
             on_progress(progress)
 
     predict_batch(plan, Pool(actors), open_engine=opener, on_progress=look)
-    (began, first), (ended, last) = seen[0], seen[-1]
+    return steady_rate(seen, seen[-1][1])
+
+
+def steady_rate(seen: Sequence[tuple[float, int]], total: int) -> float:
+    """Units/s from the first look after a third of all to the last unit: by then every process has started.
+
+    One starts for 9 s of CPU on a slow machine, and on several raylets more of them start late.
+
+    Args:
+        seen: (seconds, units done) at each look.
+        total: units in all.
+    """
+    began, first = next(look for look in seen if 3 * look[1] >= total)
+    ended, last = next(look for look in seen if look[1] == total)
     return (last - first) / (ended - began)
 
 
@@ -176,20 +194,16 @@ class _Dying:
 
 
 def in_peace(shards: str, plan: BatchPlan, folder: Path, sizes: Sizes) -> dict[str, Any]:
-    """Rates and results of the three kinds of work; reading and prediction several times, their median counts."""
-    reads = [read_samples(shards, sizes.samples) for _ in range(sizes.repeats)]
+    """Rates and results of the three kinds of work."""
+    read_rate, digest = read_samples(shards, sizes.samples)
     train_rate, curve = train_steps(folder / "train", sizes.steps)
-    plans = [replace(plan, out_uri=str(folder / f"answers-{number}")) for number in range(sizes.repeats)]
-    predicted = [predict_pictures(each, _WORKERS) for each in plans]
+    plan = replace(plan, out_uri=str(folder / "answers"))
+    predict_rate = predict_pictures(plan, _WORKERS)
     return {
-        "rates": {
-            "data": float(np.median([rate for rate, _ in reads])),
-            "training": train_rate,
-            "prediction": float(np.median(predicted)),
-        },
-        "digests": sorted({digest for _, digest in reads}),
+        "rates": {"data": read_rate, "training": train_rate, "prediction": predict_rate},
+        "digest": digest,
         "curve": curve,
-        "predicted": read_answers(plans[0]),
+        "predicted": read_answers(plan),
     }
 
 
@@ -230,7 +244,7 @@ def with_faults(
     predict_batch(whole, pool, open_engine=DyingEngine(marker), on_progress=lose_an_actor)
     found = read_answers(whole)
     return {
-        "digests": [digest],
+        "digest": digest,
         "curve": curve,
         "predicted": found,
         "lost": lost | {"prediction": before - len(nodes)},
@@ -245,7 +259,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="holds shards/, pictures/ and model/; gets what comes out")
     parser.add_argument("out", type=Path, help="JSON file to write")
     parser.add_argument("--faults", action="store_true")
-    for name, value in asdict(Sizes(256, 12, 200, 5, 3)).items():
+    for name, value in asdict(Sizes(256, 12, 200, 5)).items():
         parser.add_argument(f"--{name}", type=int, default=value)
     options = parser.parse_args()
     torch.set_num_threads(1)
