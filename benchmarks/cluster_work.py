@@ -36,7 +36,6 @@ PRESET = "tiny"
 _WORKERS = 2
 _QUESTION = "Segment everything."
 _ASKED_BEFORE_DEATH = 20
-_WARM_UP_BATCHES = 256  # until every raylet has started its processes
 
 
 @dataclass(frozen=True)
@@ -86,20 +85,19 @@ def _poison(content: bytes, number: int) -> bytes:
 
 
 def read_samples(shards: str, samples: int, at_half: Callable[[], object] | None = None) -> tuple[float, str]:
-    """Streams samples as a trainer does; returns samples/s from start to end, and a digest of all in order."""
+    """Streams samples as a trainer does; returns samples/s (see `steady_rate`), and a digest of all in order."""
     limits = ComposeLimits(max_targets=3, max_questions=3, min_target_share=0.01)
     loader = OurLoader(QuestionSource.open(shards, "segmentation", limits), PixelLMProcessor.for_preset(PRESET), 48)
     digest, count = hashlib.sha256(), samples // BATCH
-    for _ in loader.lists(_WARM_UP_BATCHES):  # processes start and import
-        pass
-    started = time.perf_counter()
+    seen = []
     for number, batch in enumerate(loader.lists(count, start=0)):
+        seen.append((time.perf_counter(), number + 1))
         for _, example in batch:
             for values in (example.input_ids, example.pixels, example.masks):
                 digest.update(values.tobytes())
         if at_half is not None and number == count // 2:
             at_half()
-    return samples / (time.perf_counter() - started), digest.hexdigest()
+    return BATCH * steady_rate(seen, count), digest.hexdigest()
 
 
 def train_steps(
@@ -134,15 +132,13 @@ def predict_pictures(
 
 
 def steady_rate(seen: Sequence[tuple[float, int]], total: int) -> float:
-    """Units/s from the first look after a third of all to the last unit: by then every process has started.
-
-    One starts for 9 s of CPU on a slow machine, and on several raylets more of them start late.
+    """Units/s of the second half: by then every process has started, which takes 9 s of a slow core for each.
 
     Args:
         seen: (seconds, units done) at each look.
         total: units in all.
     """
-    began, first = next(look for look in seen if 3 * look[1] >= total)
+    began, first = next(look for look in seen if 2 * look[1] >= total)
     ended, last = next(look for look in seen if look[1] == total)
     return (last - first) / (ended - began)
 
@@ -263,7 +259,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=value)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    sizes = Sizes(options.samples, options.steps, options.pictures, options.poisoned, options.repeats)
+    sizes = Sizes(options.samples, options.steps, options.pictures, options.poisoned)
     given, shards = options.folder, str(options.folder / "shards")
     folder = given / f"{options.out.stem}-work"
     folder.mkdir()
