@@ -129,7 +129,7 @@ def _in_words(by_kind: dict[str, bool]) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measures and prints the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="less of everything, no two raylets; about half the time")
+    parser.add_argument("--quick", action="store_true", help="less of everything, no two raylets")
     options = parser.parse_args(arguments)
     started = time.perf_counter()
     result = describe("cluster", quick=options.quick)

@@ -116,18 +116,14 @@ def train_steps(
     return settings.train.global_batch_size * steady_rate(seen, steps), outcome.curve
 
 
-def predict_pictures(
-    plan: BatchPlan, actors: int, on_progress: Callable[[BatchProgress], None] | None = None, opener: Any = open_engine
-) -> float:
+def predict_pictures(plan: BatchPlan, actors: int) -> float:
     """Predicts; returns pictures/s (see `steady_rate`)."""
     seen: list[tuple[float, int]] = []
 
     def look(progress: BatchProgress) -> None:
         seen.append((time.perf_counter(), progress.done))
-        if on_progress is not None:
-            on_progress(progress)
 
-    predict_batch(plan, Pool(actors), open_engine=opener, on_progress=look)
+    predict_batch(plan, Pool(actors), on_progress=look)
     return steady_rate(seen, seen[-1][1])
 
 
