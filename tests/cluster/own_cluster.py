@@ -57,23 +57,28 @@ def own_cluster(
 
     Nobody has activated the environment that Ray is started from: it is not on the PATH.
     """
-    gcs, dashboard, agent, client = free_ports(4)
+    gcs, dashboard, client = free_ports(3)
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     here = Path(sys.executable).parent
     elsewhere = [folder for folder in os.environ["PATH"].split(os.pathsep) if Path(folder) != here]
     environment = inherited | {"PATH": os.pathsep.join(elsewhere), "RAY_AUTH_TOKEN": TOKEN}
     url, address = f"http://127.0.0.1:{dashboard}", f"127.0.0.1:{gcs}"
     with ExitStack() as stack:
-        ports = [f"--port={gcs}", f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}"]
-        ports.append(f"--ray-client-server-port={client}")
+        ports = [f"--port={gcs}", f"--dashboard-port={dashboard}", f"--ray-client-server-port={client}"]
         start = stack.enter_context
-        head = start(_raylet(["--head", f"--num-cpus={head_cpus}", *ports, *head_words], environment | variables))
+        words = ["--head", f"--num-cpus={head_cpus}", *ports, *_agent_ports(), *head_words]
+        head = start(_raylet(words, environment | variables))
         _wait_for(lambda: answers(url), head)
         for cpus in nodes:
-            [agent] = free_ports(1)
-            words = [f"--address={address}", f"--num-cpus={cpus}", f"--dashboard-agent-listen-port={agent}"]
+            words = [f"--address={address}", f"--num-cpus={cpus}", *_agent_ports()]
             start(_raylet(words, environment | variables))
         yield Head(url, address, environment, head)
+
+
+def _agent_ports() -> list[str]:
+    """A raylet whose agents say only after 15 s which ports they chose ends itself; with these it need not ask."""
+    names = ("dashboard-agent-listen", "dashboard-agent-grpc", "runtime-env-agent", "metrics-export")
+    return [f"--{name}-port={port}" for name, port in zip(names, free_ports(len(names)), strict=True)]
 
 
 def free_ports(count: int) -> list[int]:
@@ -132,7 +137,7 @@ def _session(pid: int) -> int:
 def _raylet(words: list[str], environment: dict[str, str]) -> Iterator[_Started]:
     folder = Path(tempfile.mkdtemp(prefix="pixellm-ray-", dir="/tmp"))  # short: Ray keeps sockets below it
     command = [f"{Path(sys.executable).parent}/ray", "start", "--block", "--disable-usage-stats", *words]
-    command += [f"--temp-dir={folder}/ray"] if "--head" in words else []
+    command.append(f"--temp-dir={folder}/ray")  # else two raylets unpack a job's packages into one folder, at once
     started = _Started(command, environment | _VARIABLES | {"RAY_TMPDIR": f"{folder}/ray"}, folder)
     try:
         yield started
