@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
+from transformers import get_linear_schedule_with_warmup
 
 from benchmarks.harness import describe, report
 from pixellm.jobs.train.build import build_model, build_processor
@@ -37,7 +38,7 @@ from pixellm.platform.data.sources.shapes import ShapesSource
 from pixellm.platform.settings import load_settings
 
 _LANGUAGE_BATCH, _QUESTIONS, _SIGHT_BATCH = 16, 4, 32
-_WARM_STEPS, _LAST_RATE = 50, 0.05
+_WARM_STEPS = 50
 _SIGHT_LR = 1e-3
 _PLAIN_STD = 0.02
 _HELD_OUT = 48
@@ -150,15 +151,15 @@ class Pupil:
 def learn(name: str, steps: int, lr: float, parts: Sequence[nn.Parameter], loss_at: Callable[[int], Tensor]) -> None:
     """Steps of AdamW with warm-up and linear decay; says how it goes."""
     optimizer = torch.optim.AdamW(parts, lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
+    schedule = get_linear_schedule_with_warmup(optimizer, min(_WARM_STEPS, steps // 4), steps)
     recent: list[float] = []
     for step in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = lr * min(1.0, (step + 1) / _WARM_STEPS) * max(_LAST_RATE, 1 - step / steps)
         loss = loss_at(step)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(parts, 1.0)
         optimizer.step()
+        schedule.step()
         recent.append(float(loss.detach()))
         if (step + 1) % 100 == 0 or step + 1 == steps:
             print(f"{name} {step + 1}/{steps}: loss {np.mean(recent[-100:]):.4f}", flush=True)
