@@ -1,15 +1,15 @@
-"""Where torch keeps DeepSpeed's compiled operator, and the lock that a killed process leaves there.
+"""Where torch keeps DeepSpeed's compiled operator, and the lock under which this project's processes load it.
 
 torch guards its build folder with a lock file and waits for it without end. A process killed while it loads
 the operator (a worker lost to `kill -9`, an out-of-memory kill) leaves the file behind, and every later start there
-hangs. The file does not say who holds it, so its age has to tell.
+hangs. The file does not say who holds it, and its age does not either: a slow machine compiles for minutes. So a lock
+of the operating system goes around torch's. It ends with its process, and who holds it knows that nobody else loads.
 """
 
+import fcntl
 import logging
 import os
 import sys
-import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,9 +19,6 @@ from pixellm.platform.settings import from_environment
 OP_NAME = "deepspeed_shm_comm"
 
 _log = logging.getLogger(__name__)
-_CHECK_S = 2.0
-#: Loading takes seconds, compiling one to two minutes; a busy machine gets several times that.
-_STALE_AFTER_LOADING_S, _STALE_AFTER_COMPILING_S = 45.0, 600.0
 
 
 def build_root() -> Path:
@@ -37,7 +34,7 @@ def build_root() -> Path:
         return Path(sys.prefix) / "torch_extensions"
     from torch.utils import cpp_extension  # imports setuptools
 
-    return Path(cpp_extension.get_default_build_root())
+    return Path(cpp_extension.get_default_build_root()) / "pixellm"
 
 
 def needs_compilation(root: Path | None = None) -> bool:
@@ -45,45 +42,17 @@ def needs_compilation(root: Path | None = None) -> bool:
     return not any((root or build_root()).glob(f"**/{OP_NAME}/{OP_NAME}.so"))
 
 
-def remove_stale_locks(root: Path, *, now_s: float) -> list[Path]:
-    """Removes locks that are older than any living process would hold them.
+@contextmanager
+def alone_in(root: Path) -> Iterator[None]:
+    """Waits until no other process is in such a block, and removes the lock that a killed one left to torch.
 
     Args:
-        root: torch's build folder.
-        now_s: Unix time.
-
-    Returns:
-        The removed files.
+        root: torch's build folder; made if it is not there.
     """
-    removed = []
-    for lock in root.glob(f"**/{OP_NAME}/lock"):
-        is_built = (lock.parent / f"{OP_NAME}.so").exists()
-        limit_s = _STALE_AFTER_LOADING_S if is_built else _STALE_AFTER_COMPILING_S
-        try:
-            if now_s - lock.stat().st_mtime > limit_s:
-                lock.unlink()
-                removed.append(lock)
-        except FileNotFoundError:  # released meanwhile
-            continue
-    return removed
-
-
-@contextmanager
-def stale_locks_removed() -> Iterator[None]:
-    """Keeps removing stale locks for as long as the block runs, so that waiting for one ends."""
-    root, done = build_root(), threading.Event()
-
-    def watch() -> None:
-        while True:
-            for lock in remove_stale_locks(root, now_s=time.time()):
-                _log.warning("removed %s, left behind by a process that was killed", lock)
-            if done.wait(_CHECK_S):
-                return
-
-    thread = threading.Thread(target=watch, name="build-lock", daemon=True)
-    thread.start()
-    try:
+    root.mkdir(parents=True, exist_ok=True)
+    with open(root / "pixellm.lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # until the file is closed, also by the end of the process
+        for lock in root.glob(f"**/{OP_NAME}/lock"):
+            lock.unlink()
+            _log.warning("removed %s, left behind by a process that was killed", lock)
         yield
-    finally:
-        done.set()
-        thread.join()

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from pixellm.errors import ConfigError
 from pixellm.jobs.train import ranks
-from pixellm.jobs.train.build_lock import build_root, needs_compilation, stale_locks_removed
+from pixellm.jobs.train.build_lock import alone_in, build_root
 from pixellm.platform.settings import TrainSettings
 
 _MAX_BUCKET_ELEMENTS = 100_000_000
@@ -85,13 +85,12 @@ class TrainEngine:
         optimizer = torch.optim.AdamW(
             groups_by_rate(model, trainable, train.lr_scale), lr=0.0, betas=train.betas, weight_decay=train.weight_decay
         )
-        with stale_locks_removed():
-            engine, *_ = deepspeed.initialize(
-                model=model,
-                optimizer=optimizer,
-                config=deepspeed_config(train, sum(p.numel() for p in trainable.values())),
-                dist_init_required=False,
-            )
+        engine, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=optimizer,
+            config=deepspeed_config(train, sum(p.numel() for p in trainable.values())),
+            dist_init_required=False,
+        )
         if train.is_elastic and train.zero_stage in (1, 2) and not train.offload_optimizer:
             engine.optimizer.get_grad_norm_direct = exact_gradient_norm
         for state in optimizer.state.values():  # so the bias correction starts at the first real step
@@ -301,7 +300,10 @@ def deepspeed_config(train: TrainSettings, num_trainable: int) -> dict[str, Any]
 
 
 def import_deepspeed(*, use_gpu: bool) -> Any:
-    """Imports DeepSpeed (2 to 4 s, so only where it is used) for the right device, and quietens it."""
+    """Imports DeepSpeed (2 to 4 s, so only where it is used) for the right device, quietens it, and loads its operator.
+
+    `deepspeed.initialize` then finds the operator loaded; it would load it outside of our lock.
+    """
     if not use_gpu:
         os.environ["DS_ACCELERATOR"] = "cpu"
     os.environ.setdefault("LOCAL_RANK", "0")
@@ -310,9 +312,12 @@ def import_deepspeed(*, use_gpu: bool) -> Any:
     if scripts not in os.environ.get("PATH", "").split(os.pathsep):
         os.environ["PATH"] = os.pathsep.join([scripts, os.environ.get("PATH", "")])
     import deepspeed  # slow
+    from deepspeed.comm.torch import build_shm_op
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     logging.getLogger("deepspeed").setLevel(logging.ERROR)
+    with alone_in(build_root()):
+        build_shm_op()
     return deepspeed
 
 
@@ -325,20 +330,6 @@ def single_process_group() -> Iterator[None]:
             yield
         finally:
             dist.destroy_process_group()
-
-
-def warm_up_deepspeed() -> bool:
-    """Compiles what DeepSpeed compiles on first use, so that the first training run does not wait for it.
-
-    Returns:
-        Whether there was something to compile.
-    """
-    if not needs_compilation():
-        return False
-    train = TrainSettings(precision="fp32", num_workers=1, grad_accumulation=1)
-    with single_process_group():
-        TrainEngine.build(nn.Linear(4, 4), train)
-    return True
 
 
 def _to_device(value: Any, device: torch.device) -> Any:

@@ -3,7 +3,7 @@
 import sys
 
 from pixellm.jobs.train.build_lock import needs_compilation
-from pixellm.jobs.train.deepspeed_engine import warm_up_deepspeed
+from pixellm.jobs.train.deepspeed_engine import import_deepspeed
 
 
 def main() -> None:
@@ -13,7 +13,7 @@ def main() -> None:
     print(
         "compiling DeepSpeed's CPU communication op (about a minute, once per machine) …", file=sys.stderr, flush=True
     )
-    warm_up_deepspeed()
+    import_deepspeed(use_gpu=False)
 
 
 if __name__ == "__main__":

@@ -1,53 +1,72 @@
-import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from pixellm.jobs.train.build_lock import (
-    OP_NAME,
-    build_root,
-    needs_compilation,
-    remove_stale_locks,
-    stale_locks_removed,
-)
+from pixellm.jobs.train.build_lock import OP_NAME, alone_in, build_root, needs_compilation
+
+# What a start does, without the minute of compiling: our lock, and torch's within it.
+HOLDER = """
+import sys
+from pathlib import Path
+from torch.utils.file_baton import FileBaton
+from pixellm.jobs.train.build_lock import OP_NAME, alone_in
+
+root = Path(sys.argv[1])
+with alone_in(root):
+    (root / OP_NAME).mkdir(exist_ok=True)
+    baton = FileBaton(str(root / OP_NAME / "lock"))
+    assert baton.try_acquire()
+    print("holds it", flush=True)
+    sys.stdin.readline()
+    (root / OP_NAME / f"{OP_NAME}.so").touch()
+    baton.release()
+"""
 
 
-def make_lock(root: Path, *, age_s: float, is_built: bool) -> Path:
-    folder = root / "py311_cpu" / OP_NAME
-    folder.mkdir(parents=True)
-    if is_built:
-        (folder / f"{OP_NAME}.so").touch()
-    lock = folder / "lock"
-    lock.touch()
-    os.utime(lock, (1000.0 - age_s, 1000.0 - age_s))
-    return lock
+def start_holder(root: Path) -> subprocess.Popen[str]:
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(root)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == "holds it\n"
+    return holder
 
 
-@pytest.mark.parametrize(
-    ("age_s", "is_built", "is_stale"),
-    [(5, True, False), (300, True, True), (300, False, False), (3600, False, True)],
-    ids=["loading", "killed while loading", "compiling", "killed while compiling"],
-)
-def test_a_lock_is_removed_when_no_living_process_would_still_hold_it(
-    tmp_path: Path, age_s: float, is_built: bool, is_stale: bool
+def test_a_start_goes_on_after_one_that_was_killed_while_it_compiled(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    lock = make_lock(tmp_path, age_s=age_s, is_built=is_built)
+    holder = start_holder(tmp_path)
+    holder.send_signal(signal.SIGKILL)
+    holder.communicate()
+    lock = tmp_path / OP_NAME / "lock"
+    assert lock.exists()  # torch would wait for it without end
 
-    removed = remove_stale_locks(tmp_path, now_s=1000.0)
+    with alone_in(tmp_path):
+        assert not lock.exists()
 
-    assert removed == ([lock] if is_stale else [])
-    assert lock.exists() is not is_stale
-    assert needs_compilation(tmp_path) is not is_built
+    assert str(lock) in caplog.text
 
 
-def test_a_start_that_waits_for_a_dead_process_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from torch.utils.file_baton import FileBaton
+def test_a_start_waits_for_one_that_compiles_however_long_it_takes(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    holder = start_holder(tmp_path)
+    second = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], stdin=subprocess.DEVNULL)
+    with pytest.raises(subprocess.TimeoutExpired):
+        second.wait(timeout=5)
+    assert needs_compilation(tmp_path)
 
+    holder.communicate("\n", timeout=60)
+
+    assert holder.returncode == 0  # its own lock was still there to be released
+    assert second.wait(timeout=60) == 0
+    assert not needs_compilation(tmp_path)
+
+
+def test_the_folder_is_the_one_that_torch_is_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    lock = make_lock(tmp_path, age_s=1000.0, is_built=True)
+
     assert build_root() == tmp_path
-
-    with stale_locks_removed():
-        FileBaton(str(lock)).wait()  # without the watch, this never returns
-
-    assert not lock.exists()
