@@ -1,9 +1,11 @@
 """The paper's Table 4 and PixelLM† in miniature, on generated pictures: does each part of the method pay?
 
-    python -m benchmarks.ablations [--quick] [--seeds 3] [--processes 2] [--recipes full tokens-1 …]
+    python -m benchmarks.ablations [--quick] [--start DIR] [--seeds 3] [--processes 2] [--recipes full tokens-1 …]
 
-Every recipe of `recipes/ablations` is trained from random weights with several seeds, and answers questions about
-held-out pictures by itself. The trainings run the job's own worker (loop, DeepSpeed engine, order of samples,
+Every recipe of `recipes/ablations` is trained with several seeds, and answers questions about held-out pictures by
+itself. It begins with random weights or, as the paper's networks begin as LLaVA, with the words, language model and
+sight of a start that `benchmarks.shapes_start` made; codebook, decoder and what leads to it begin with random weights
+always. The trainings run the job's own worker (loop, DeepSpeed engine, order of samples,
 checkpoints), two processes beside each other with one thread each; Ray Train is left out, whose start would cost more
 than these trainings. Recipes that come to the same settings are trained once. Each run's result is kept below --out, so
 that an interrupted benchmark goes on. The last line is one JSON object.
@@ -27,7 +29,7 @@ from typing import Any
 
 from benchmarks.harness import describe, report
 from benchmarks.short_training import prepare_shapes, shortened, train_here
-from pixellm.platform.settings import Settings, load_settings
+from pixellm.platform.settings import ModelSettings, Settings, load_settings
 
 #: What each table varies: title → recipes in the order of its rows.
 TABLES: dict[str, tuple[str, ...]] = {
@@ -67,7 +69,9 @@ class Budget:
 
 
 QUICK = Budget("quick", steps=70, pictures=2000, questions=48)
-WHOLE = Budget("whole", steps=700, pictures=8000, questions=300)
+WHOLE = Budget("whole", steps=250, pictures=4000, questions=100)
+STARTED_LR = 7e-4
+"""Learning rate of trainings from a start, that of `recipes/shapes.yaml`."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +108,36 @@ def same_runs(runs: Sequence[Run]) -> dict[Run, Run]:
     return chosen
 
 
+def begun_as(start: Path, settings: Settings, folder: Path) -> Settings:
+    """The settings, beginning with what a start has learned; the rest of the network is drawn from the seed.
+
+    Args:
+        start: model folder of `benchmarks.shapes_start`; it may have other codebook tokens.
+        settings: of a training from a preset.
+        folder: where the network that the training begins with is written.
+    """
+    import torch
+
+    from pixellm.jobs.train.build import build_model, build_processor
+    from pixellm.model.networks import load_network
+
+    model, learned = build_model(settings), load_network(start, dtype=torch.float32)
+    markers = [[network.config.im_start_id, network.config.im_end_id] for network in (model, learned)]
+    num_words = min(model.config.codebook_token_ids)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            part = model.part_of(name)
+            if part in ("language", "vision") or name.startswith("image_projector."):
+                weight.copy_(learned.get_parameter(name))
+            elif part == "embeddings":
+                weight[:num_words] = learned.get_parameter(name)[:num_words]
+                weight[markers[0]] = learned.get_parameter(name)[markers[1]]
+    model.save_pretrained(folder)
+    build_processor(settings).save_pretrained(folder)
+    train = settings.train.model_copy(update={"lr": STARTED_LR})
+    return settings.model_copy(update={"model": ModelSettings(init_from=str(folder)), "train": train})
+
+
 def make_data(folder: Path, budget: Budget) -> None:
     """Prepares the shards; those that are there stay."""
     prepare_shapes(folder / "train", samples=budget.pictures, split="train")
@@ -112,13 +146,16 @@ def make_data(folder: Path, budget: Budget) -> None:
         prepare_shapes(folder / split, samples=100, split=split)
 
 
-def train_and_ask(run: Run, data: Path, out: Path, questions: int) -> dict[str, float]:
+def train_and_ask(run: Run, data: Path, out: Path, questions: int, start: Path | None) -> dict[str, float]:
     """Trains one run in this process and answers the held-out questions; a result that is there already is read."""
     folder = out / run.name
     if (folder / "result.json").is_file():
         return dict(json.loads((folder / "result.json").read_text()))
     started = time.process_time()
-    result = {"train_cpu_s": train_here(settings_of(run, data, out), folder)}
+    settings = settings_of(run, data, out)
+    if start is not None:
+        settings = begun_as(start, settings, folder / "start")
+    result = {"train_cpu_s": train_here(settings, folder)}
     for split, name in SPLITS.items():
         figures = ask(folder / "model", data / split, "generated", questions)
         result |= {name: figures["giou"], name.replace("giou", "count_accuracy"): figures["count_accuracy"]}
@@ -190,7 +227,7 @@ def _cell(mean: float, error: float | None) -> str:
 
 
 def measure(
-    recipes: Sequence[str], seeds: int, budget: Budget, processes: int, data: Path, out: Path
+    recipes: Sequence[str], seeds: int, budget: Budget, processes: int, data: Path, out: Path, start: Path | None
 ) -> dict[str, list[dict[str, float]]]:
     """Trains every recipe with every seed; returns the results by recipe, in the order of the seeds."""
     runs = [Run(recipe, seed, budget.steps) for seed in range(seeds) for recipe in recipes]
@@ -199,7 +236,7 @@ def measure(
     results: dict[Run, dict[str, float]] = {}
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(processes, mp_context=context, initializer=start_process) as pool:
-        futures = {pool.submit(train_and_ask, run, data, out, budget.questions): run for run in todo}
+        futures = {pool.submit(train_and_ask, run, data, out, budget.questions, start): run for run in todo}
         for future in as_completed(futures):
             run, result = futures[future], future.result()
             results[run] = result
@@ -216,6 +253,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, default=3, help="trainings of each recipe (default: 3)")
     parser.add_argument("--processes", type=int, default=2, help="trainings beside each other (default: 2)")
     parser.add_argument("--recipes", nargs="+", default=every, choices=every, metavar="RECIPE", help="only these")
+    parser.add_argument("--start", type=Path, help="model folder of benchmarks.shapes_start; default: random weights")
     parser.add_argument("--out", type=Path, help="keeps shards and results there; default: a folder that is removed")
     options = parser.parse_args(arguments)
     os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that train
@@ -224,18 +262,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory(prefix="pixellm-ablations-") as scratch:
         out = options.out or Path(scratch)
         make_data(out / f"data-{budget.name}", budget)
-        results = measure(options.recipes, options.seeds, budget, options.processes, out / f"data-{budget.name}", out)
+        data = out / f"data-{budget.name}"
+        out = out / "started" if options.start else out
+        results = measure(options.recipes, options.seeds, budget, options.processes, data, out, options.start)
     rows = {recipe: row(recipe, values) for recipe, values in results.items()}
     print(
-        f"\n{budget.name} budget: {budget.steps} steps a training, {budget.pictures} pictures, "
-        f"{budget.questions} questions of each split; mean ± standard error over seeds, in percent"
+        f"\n{budget.name} budget: {budget.steps} steps a training from {options.start or 'random weights'}, "
+        f"{budget.pictures} pictures, {budget.questions} questions of each split; mean ± standard error over seeds, "
+        "in percent"
     )
     for title, names in TABLES.items():
         print(as_text(title, [rows[name] for name in names if name in rows]))
     if SHUFFLED in rows:
         print(as_text("questions of other pictures", [rows[name] for name in ("full", SHUFFLED) if name in rows]))
     result = describe("ablations", quick=options.quick, steps=budget.steps, pictures=budget.pictures)
-    result |= {"rows": list(rows.values())}
+    result |= {"is_started": options.start is not None, "rows": list(rows.values())}
     for key, recipe, metric in (
         ("full_giou", "full", "giou"),
         ("shuffled_giou", SHUFFLED, "giou"),

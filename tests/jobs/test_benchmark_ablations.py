@@ -4,8 +4,21 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
 
-from benchmarks.ablations import METRICS, SHUFFLED, TABLES, Run, as_text, mean_and_error, row, same_runs, settings_of
+from benchmarks.ablations import (
+    METRICS,
+    SHUFFLED,
+    TABLES,
+    Run,
+    as_text,
+    begun_as,
+    mean_and_error,
+    row,
+    same_runs,
+    settings_of,
+)
+from pixellm.jobs.train.build import build_model, build_processor
 
 
 def test_recipes_that_come_to_the_same_settings_are_trained_once_per_seed() -> None:
@@ -26,6 +39,30 @@ def test_a_training_differs_from_its_recipe_in_length_place_and_threads_only() -
     control = settings_of(Run(SHUFFLED, seed=5, steps=40), Path("shards"), Path("out"))
     assert control.data.sources[0].uri == str(Path("shards/train-shuffled"))
     assert control.model == settings_of(Run("full", seed=5, steps=40), Path("shards"), Path("out")).model
+
+
+def test_a_start_gives_words_language_and_sight_to_a_recipe_with_other_codebook_tokens(tmp_path: Path) -> None:
+    full = settings_of(Run("full", seed=7, steps=40), tmp_path, tmp_path)
+    start = build_model(full)
+    start.save_pretrained(tmp_path / "start")
+    build_processor(full).save_pretrained(tmp_path / "start")
+    own = settings_of(Run("tokens-1", seed=5, steps=40), tmp_path, tmp_path)
+
+    settings = begun_as(tmp_path / "start", own, tmp_path / "begun")
+
+    began, drawn, learned = (
+        dict(model.named_parameters()) for model in (build_model(settings), build_model(own), start)
+    )
+    num_words = min(start.config.codebook_token_ids)
+    for name, weight in began.items():
+        if name.startswith(("language_model.layers.", "language_model.norm.", "vision_tower.", "image_projector.")):
+            assert torch.equal(weight, learned[name]), name
+        elif name in ("language_model.embed_tokens.weight", "lm_head.weight"):
+            assert torch.equal(weight[:num_words], learned[name][:num_words])
+            assert torch.equal(weight[num_words:-2], drawn[name][num_words:-2])
+            assert torch.equal(weight[-2:], learned[name][-2:])
+        else:
+            assert torch.equal(weight, drawn[name]), name
 
 
 def test_means_come_with_their_standard_errors() -> None:
