@@ -1,9 +1,9 @@
 """What the training step is compared with: a bare loop on our batches, and the released algorithm on the same samples.
 
-The released step, as its code does it: one row per question (the picture's positions are repeated in each, its features
-are not), rows padded to the longest, codebook and pixel decoder picture by picture, losses picture by picture at the
-pictures' own sizes without the refinement weight. Both sides here take the AdamW of torch, clip, and step; neither has
-Ray or DeepSpeed, nor does either read data while it is timed.
+The released step, as its code does it: one row per question (a VQA conversation is one), the picture repeated for each
+of its rows before vision tower and projectors; rows padded to the longest; neck, codebook and pixel decoder picture by
+picture; losses picture by picture at the pictures' own sizes without the refinement weight. Both sides here take the
+AdamW of torch, clip, and step; neither has Ray or DeepSpeed, nor does either read data while it is timed.
 """
 
 import copy
@@ -18,11 +18,13 @@ from torch import Tensor, nn
 from pixellm.jobs.train.deepspeed_engine import Batch
 from pixellm.jobs.train.encode import SampleEncoder
 from pixellm.jobs.train.loop import PreparedBatch, prepare_batch
+from pixellm.model.backbone import ImageFeatures
 from pixellm.model.codebook import gather_groups, match_groups
 from pixellm.model.losses import text_loss
 from pixellm.model.modeling import PixelLMForConditionalGeneration
 from pixellm.model.objective import MaskTargets, mask_losses
 from pixellm.model.processing import PixelLMProcessor, TrainingExample
+from pixellm.model.vision import pool_to_grid, pool_valid, valid_patches
 from pixellm.platform.data.compose import QuestionSource
 from pixellm.platform.data.order import MixtureOrder
 from pixellm.platform.masks import rle_decode
@@ -63,23 +65,21 @@ class SampleReader:
         for picture, position in enumerate(positions):
             draw = self.order.sample_at(position)
             row, dialogue = self.sources[draw.source].sample(draw)
-            for turn in dialogue.turns:
-                masks = [rle_decode(row.targets[index].mask) for index in turn.target_indices]
-                answer = (turn.question, turn.answer, len(turn.target_indices))
-                examples.append(self.processor.encode_sample(row.image, [answer], masks, None))
+            turns = dialogue.turns
+            for conversation in [turns] if dialogue.kind == "vqa" else [(turn,) for turn in turns]:
+                masks = [rle_decode(row.targets[index].mask) for turn in conversation for index in turn.target_indices]
+                answers = [(turn.question, turn.answer, len(turn.target_indices)) for turn in conversation]
+                examples.append(self.processor.encode_sample(row.image, answers, masks, None))
                 pictures.append(picture)
-        firsts = [pictures.index(picture) for picture in range(len(positions))]
         batch = self.processor.collate(examples)
         per_picture = [
             np.concatenate([examples[row].masks for row in range(len(examples)) if pictures[row] == picture])
             for picture in range(len(positions))
         ]
         return batch | {
-            "pixel_values": batch["pixel_values"][firsts],
-            "image_valid_hw": batch["image_valid_hw"][firsts],
-            "image_index": torch.tensor(pictures),
+            "pictures": torch.tensor(pictures),
             "target_masks": [torch.from_numpy(masks).float() for masks in per_picture],
-            "original_hw": torch.from_numpy(np.stack([examples[first].original_hw for first in firsts])),
+            "original_hw": torch.from_numpy(np.stack([example.original_hw for example in examples])),
         }
 
 
@@ -111,10 +111,17 @@ def our_loss(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def released_loss(model: Any, batch: Batch) -> Tensor:
-    """The released step's loss: language in one padded batch, then codebook, decoder and losses picture by picture."""
-    ids, image_index, config = batch["input_ids"], batch["image_index"], model.config
-    features = model.encode_images(batch["pixel_values"], batch["image_valid_hw"])
-    embeds, attendable = model.embed_inputs(ids, features, image_index, batch["attention_mask"])
+    """The released step's loss: vision and language row by row in one padded batch, then picture by picture."""
+    ids, pictures, config = batch["input_ids"], batch["pictures"], model.config
+    grid, valid_hw = config.patch_grid, batch["image_valid_hw"]
+    patch_valid = valid_patches(valid_hw, grid, config.vision_config.patch_size)
+    states = model.vision_tower.hidden_states(
+        batch["pixel_values"], patch_valid, config.vision_layers, config.position_resize
+    )
+    tokens = model.image_projector(pool_to_grid(states[0], config.image_token_grid))
+    maps = model.decoder_projector(torch.stack(states, dim=1)).transpose(2, 3).unflatten(3, (grid, grid))
+    features = ImageFeatures(tokens, pool_valid(patch_valid, config.image_token_grid), maps)
+    embeds, attendable = model.embed_inputs(ids, features, torch.arange(len(ids)), batch["attention_mask"])
     hidden, _ = model.language_forward(embeds, attendable, torch.arange(ids.shape[1])[None])
     loss = config.text_loss_weight * text_loss(model.lm_logits(hidden), batch["labels"])
     rows, positions = match_groups(ids, config.codebook_token_ids, batch["target_rows"])
@@ -122,13 +129,13 @@ def released_loss(model: Any, batch: Batch) -> Tensor:
     plain.target_refinement_alpha = 1.0
     num_targets = max(1, len(rows))
     for picture, masks in enumerate(batch["target_masks"]):
-        mine = (image_index[rows] == picture).nonzero().flatten()
+        mine = (pictures[rows] == picture).nonzero().flatten()
         if not len(mine):
             continue
+        first = slice(int(rows[mine[0]]), int(rows[mine[0]]) + 1)
         groups = gather_groups(hidden, rows[mine], positions[mine], config.group_size)
-        scales = features.scales[picture : picture + 1]
+        scales = model.neck(maps[first].flatten(0, 1))[None]
         logits = model.decode_masks(model.codebook_embeds(groups), scales, torch.zeros(len(mine), dtype=torch.long))
-        valid_hw, original_hw = (batch[key][picture : picture + 1] for key in ("image_valid_hw", "original_hw"))
-        targets = MaskTargets([masks], rows[mine], torch.zeros_like(mine), valid_hw, original_hw)
+        targets = MaskTargets([masks], rows[mine], torch.zeros_like(mine), valid_hw[first], batch["original_hw"][first])
         loss = loss + sum(mask_losses(logits, targets, plain).values()) * len(mine) / num_targets
     return loss

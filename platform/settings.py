@@ -64,12 +64,21 @@ class DataSettings(_Section):
     mask_size: int = Field(112, ge=8, description="side of the square canvas that training masks live on, in pixels")
     max_targets: int = Field(3, ge=1, description="targets of one composed question, at most")
     max_questions: int = Field(1, ge=1, description="question turns composed for one sample, at most")
+    min_questions: int = Field(
+        1, ge=1, description="question turns composed for one sample, at least, where the picture gives so many"
+    )
     min_target_share: float = Field(0.0, ge=0, lt=1, description="targets below this share of the picture are left out")
     negative_share: float = Field(0.0, ge=0, lt=1, description="composed questions for what a picture lacks")
     text_variation: float = Field(0.0, ge=0, le=1, description="how likely a question's wording is changed a little")
     block_size: int = Field(64, ge=1, description="samples one reading task prepares")
     max_tasks: int | None = Field(None, ge=1, description="reading tasks of one rank at a time; None: as Ray sees fit")
     task_cpus: float = Field(0.5, gt=0, description="logical CPUs of one reading task")
+
+    @model_validator(mode="after")
+    def _questions_are_ordered(self) -> "DataSettings":
+        if self.min_questions > self.max_questions:
+            raise ValueError(f"min_questions {self.min_questions} is above max_questions {self.max_questions}")
+        return self
 
 
 class LoraSettings(_Section):

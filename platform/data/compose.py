@@ -4,7 +4,7 @@ Templates and limits can change without rewriting shards. `QuestionSource` is on
 of question asked of them, and the rows that can give one.
 """
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -154,20 +154,32 @@ def _composed_turns(
     absent = known_absent(row, vocabulary) if 0 in plan.wanted else []
     asked: set[int] = set()
     turns: list[Turn] = []
-    for wanted in plan.wanted:
+    for question, wanted in enumerate(plan.wanted):
         if not wanted and absent:
             turns.append(_absent_turn(absent.pop(int(rng.integers(len(absent)))), group, rng))
             continue
         chosen: list[Unit] = []
+        kept = min(plan.kept_after(question), _num_askable(waiting, asked) - 1)
         for unit in waiting:
             room = wanted - sum(len(other.target_indices) for other in chosen)
             fits = len(unit.target_indices) <= room or (not chosen and len(unit.target_indices) <= limits.max_targets)
-            if fits and asked.isdisjoint(unit.target_indices):
+            leaves = kept <= 0 or _num_askable(waiting, asked.union(unit.target_indices)) >= kept
+            if fits and leaves and asked.isdisjoint(unit.target_indices):
                 chosen.append(unit)
                 asked.update(unit.target_indices)
         if chosen:
             turns.append(_asked_turn(sorted(chosen, key=lambda unit: unit.left_px), group, rng))
     return turns
+
+
+def _num_askable(units: Sequence[Unit], asked: Set[int]) -> int:
+    """How many questions the units give that share no target with each other or with what was asked."""
+    taken, count = set(asked), 0
+    for unit in sorted(units, key=lambda unit: len(unit.target_indices)):
+        if taken.isdisjoint(unit.target_indices):
+            taken.update(unit.target_indices)
+            count += 1
+    return count
 
 
 def _asked_turn(units: list[Unit], group: Group, rng: np.random.Generator) -> Turn:

@@ -20,6 +20,7 @@ class ComposeLimits:
         negative_share: of the composed questions, how many ask for something that the picture is known to lack, 0..1
             (where something is known).
         variation: how likely a question's wording is changed a little (case, politeness, a slip of the keyboard), 0..1.
+        min_questions: question turns of one dialogue, at least, where the picture gives so many.
     """
 
     max_targets: int = 3
@@ -27,6 +28,7 @@ class ComposeLimits:
     min_target_share: float = 0.0
     negative_share: float = 0.0
     variation: float = 0.0
+    min_questions: int = 1
 
 
 class Turn(NamedTuple):
@@ -57,13 +59,18 @@ class QuestionPlan(NamedTuple):
     """
 
     wanted: tuple[int, ...]
+    min_questions: int = 1
 
     @staticmethod
     def draw(rng: np.random.Generator, limits: ComposeLimits) -> "QuestionPlan":
         """Takes the first numbers of a sample's generator."""
-        num_questions = int(rng.integers(1, limits.max_questions + 1))
+        num_questions = int(rng.integers(limits.min_questions, limits.max_questions + 1))
         wanted = [int(number) for number in rng.integers(1, limits.max_targets + 1, size=num_questions)]
         if limits.negative_share:
             absent = rng.random(num_questions) < limits.negative_share
             wanted = [0 if is_absent else number for number, is_absent in zip(wanted, absent, strict=True)]
-        return QuestionPlan(tuple(wanted))
+        return QuestionPlan(tuple(wanted), limits.min_questions)
+
+    def kept_after(self, question: int) -> int:
+        """How many questions after this one must still find something to ask for."""
+        return max(0, self.min_questions - 1 - question)

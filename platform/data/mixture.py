@@ -4,8 +4,6 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from scipy.stats import chisquare
-
 from pixellm.errors import ConfigError
 from pixellm.platform.data.compose import ComposeLimits, QuestionSource
 from pixellm.platform.data.length_order import LengthGroupedOrder
@@ -21,6 +19,7 @@ def compose_limits(data: DataSettings, source: SourceSettings) -> ComposeLimits:
         min_target_share=data.min_target_share,
         negative_share=data.negative_share,
         variation=data.text_variation,
+        min_questions=data.min_questions,
     )
 
 
@@ -113,6 +112,8 @@ class RealisedMix:
 
 def realised_mix(order: Order, asked: Sequence[float], start: int, count: int) -> RealisedMix:
     """Draws `count` positions from `start` on and compares each source's share with the asked ones."""
+    from scipy.stats import chisquare  # slow, and every driver and worker imports this module
+
     drawn = Counter(order.sample_at(position).source for position in range(start, start + count))
     counts = [drawn[source] for source in range(len(asked))]
     shares = [share / sum(asked) for share in asked]

@@ -69,8 +69,8 @@ class UsableRows:
     def composed_length(self, index: int, plan: QuestionPlan) -> float:
         """About the length of a composed dialogue: its names stand in question and answer, with a group each."""
         left, length = int(self.num_targets[index]), 0.0
-        for wanted in plan.wanted:
-            asked = min(max(wanted, 1), left)
+        for question, wanted in enumerate(plan.wanted):
+            asked = min(max(wanted, 1), max(1, left - plan.kept_after(question)), left)
             left -= asked
             if asked:
                 length += _FRAME_LENGTH + asked * (2 * (float(self.name_length[index]) + 4) + GROUP_LENGTH)

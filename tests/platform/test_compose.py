@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pixellm.errors import DataError
+from pixellm.platform.data.askable import askable_units
 from pixellm.platform.data.compose import ComposeLimits, QuestionSource, can_compose, compose
 from pixellm.platform.data.order import MixtureOrder
 from pixellm.platform.data.phrases import plural, position_phrases
@@ -45,6 +46,19 @@ def test_composed_questions_hold_their_limits_and_mark_each_target_once(
             asked = sample.targets[index]
             assert asked.area >= bounds.min_target_share * sample.height * sample.width
             assert asked.phrase in turn.question or plural(asked.category) in turn.question
+
+
+def test_a_picture_gets_as_many_questions_as_it_must_where_it_has_so_many_things(demo_rows: list[Row]) -> None:
+    few = ComposeLimits(max_targets=3, max_questions=3)
+    least = ComposeLimits(max_targets=3, max_questions=3, min_questions=3)
+    counts = {few: [], least: []}
+    for limits, found in counts.items():
+        for seed, sample in enumerate(demo_rows * 4):
+            units = askable_units(sample, "segmentation", limits)
+            if sum(len(unit.target_indices) == 1 for unit in units) >= 3:
+                found.append(len(compose(sample, "segmentation", np.random.default_rng(seed), limits).turns))
+    assert set(counts[least]) == {3}
+    assert {1, 2} <= set(counts[few])
 
 
 def test_a_name_in_a_question_means_one_thing_in_the_picture(demo_rows: list[Row]) -> None:

@@ -209,3 +209,8 @@ def test_a_folder_of_its_name_does_not_hide_a_recipe(tmp_path: Path, monkeypatch
     monkeypatch.chdir(tmp_path)
     (tmp_path / "demo").mkdir()  # what `pixellm demo` leaves
     assert load_settings("demo").name == "demo"
+
+
+def test_more_questions_at_least_than_at_most_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="min_questions 3 is above max_questions 2"):
+        load_settings(recipe(tmp_path, "data: {min_questions: 3, max_questions: 2}\n"))
