@@ -16,6 +16,7 @@ from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
 
 from pixellm.errors import PixelLMError
+from pixellm.platform.data.pacing import PacedLoop
 
 #: Makes the values of a block from its number.
 MakeBlock = Callable[[int], list[Any]]
@@ -64,6 +65,7 @@ def _packed_blocks(
         object_store_memory=_MAX_STORED_BYTES
     )
     dataset.context.enable_progress_bars = False
+    dataset.context.custom_execution_callback_classes = [PacedLoop]
     for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1):
         yield [value.as_buffer() for value in table["block"]]
 
