@@ -10,16 +10,22 @@ from typing import Any
 
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 
-_PAUSE_S = 0.05
+_SHORTEST_S, _LONGEST_S = 0.002, 0.064
 
 
 class PacedLoop(ExecutionCallback):
-    """Pauses the loop after a round in which the reader has blocks waiting.
+    """Pauses the loop after each round in which the reader has blocks waiting, longer from round to round.
 
     For `DataContext.custom_execution_callback_classes`. A reader that waits is served as fast as before.
     """
 
+    def __init__(self) -> None:
+        self._pause_s = _SHORTEST_S
+
     def on_execution_step(self, executor: Any) -> None:
         """Called by Ray Data after each round, in the loop's thread."""
-        if not executor._consumer_idling():
-            time.sleep(_PAUSE_S)
+        if executor._consumer_idling():
+            self._pause_s = _SHORTEST_S
+            return
+        time.sleep(self._pause_s)
+        self._pause_s = min(2 * self._pause_s, _LONGEST_S)
