@@ -68,7 +68,7 @@ class Budget:
     questions: int
 
 
-QUICK = Budget("quick", steps=70, pictures=2000, questions=48)
+QUICK = Budget("quick", steps=50, pictures=2000, questions=32)
 WHOLE = Budget("whole", steps=250, pictures=4000, questions=100)
 STARTED_LR = 7e-4
 """Learning rate of trainings from a start, that of `recipes/shapes.yaml`."""
