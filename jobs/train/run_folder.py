@@ -177,18 +177,20 @@ def identity_of(settings: Settings) -> dict[str, Any]:
 def check_same_run(state: RunState, settings: Settings, data_digests: dict[str, str]) -> None:
     """Refuses to go on with a run under settings that would make it another one.
 
-    More steps are allowed: the schedule stretches from where the run is.
+    More steps are allowed: the schedule stretches from where the run is. A setting that an earlier version did not have
+    counts as its default.
 
     Raises:
         ConfigError: naming each differing key with both values.
         DataError-like PixelLMError: the shards have another content now.
     """
     mine = identity_of(settings)
-    differing = sorted(key for key in mine.keys() | state.identity.keys() if mine.get(key) != state.identity.get(key))
+    was = identity_of(Settings()) | state.identity
+    differing = sorted(key for key in mine.keys() | state.identity.keys() if mine.get(key) != was.get(key))
     if "train.steps" in differing and settings.train.steps > state.step:
         differing.remove("train.steps")
     if differing:
-        listed = "; ".join(f"{key}: was {state.identity.get(key)}, now {mine.get(key)}" for key in differing[:6])
+        listed = "; ".join(f"{key}: was {was.get(key)}, now {mine.get(key)}" for key in differing[:6])
         raise ConfigError(
             f"the run {settings.name!r} was started with other settings ({listed}); use the same ones to go on, "
             "--fresh to start anew, or another --name"

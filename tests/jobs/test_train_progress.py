@@ -226,6 +226,16 @@ def test_what_a_run_computes_must_stay_and_how_it_runs_may_change(tmp_path: Path
         check_same_run(_started(settings, data_digests={"0.vqa": "old"}), settings, {"0.vqa": "new"})
 
 
+def test_a_setting_that_an_earlier_version_did_not_have_was_its_default(tmp_path: Path) -> None:
+    settings = micro_settings({"vqa": "/data/a"}, tmp_path)
+    state = _started(settings)
+    del state.identity["data.min_questions"]
+    check_same_run(state, settings, {})
+    asking_more = {"data": settings.data.model_copy(update={"min_questions": 2, "max_questions": 2})}
+    with pytest.raises(ConfigError, match=r"data\.max_questions: was 1, now 2; data\.min_questions: was 1, now 2"):
+        check_same_run(state, settings.model_copy(update=asking_more), {})
+
+
 def test_a_run_folder_keeps_its_state_and_sets_a_former_run_aside(tmp_path: Path) -> None:
     folder = RunFolder(micro_settings({}, tmp_path))
     assert folder.read() == RunState()

@@ -48,9 +48,7 @@ def test_more_targets_cost_the_decoder_only() -> None:
 def test_lisa_rec_reads_a_question_per_target_and_pays_for_the_llava_that_names_them() -> None:
     three = count_flops("lisa-7b-rec", num_targets=3).tflops
     llava, lisa = count_flops("lisa-13b").tflops, count_flops("lisa-7b", num_targets=3).tflops
-    assert (
-        three["llava"] == llava["vision"] + llava["projectors"] + llava["language"]
-    )  # once for all targets
+    assert three["llava"] == llava["vision"] + llava["projectors"] + llava["language"]  # once for all targets
     assert three["language"] == 3 * lisa["language"]
     assert three["sam_encoder"] == lisa["sam_encoder"]
 
