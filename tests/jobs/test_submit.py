@@ -61,6 +61,7 @@ def python(code: str, head: Head, cwd: Path, *arguments: str) -> str:
     return done.stdout
 
 
+@pytest.mark.drill  # a training with its own head: three to four minutes; tests/cluster does it on two nodes
 def test_submit_train_from_another_folder_ends_with_a_registered_version(
     pixellm: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
 ) -> None:

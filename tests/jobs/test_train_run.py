@@ -105,6 +105,7 @@ def _wait_for_line(process: "subprocess.Popen[str]", text: str) -> list[str]:
     raise AssertionError(f"{text!r} never came; got {''.join(lines)[-3000:]}")
 
 
+@pytest.mark.drill  # two trainings: two to five minutes
 def test_ctrl_c_leaves_a_checkpoint_and_the_same_run_goes_on(
     ray_cluster: str, demo_shards: dict[str, str], tmp_path: Path
 ) -> None:
