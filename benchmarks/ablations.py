@@ -5,10 +5,10 @@
 Every recipe of `recipes/ablations` is trained with several seeds, and answers questions about held-out pictures by
 itself. It begins with random weights or, as the paper's networks begin as LLaVA, with the words, language model and
 sight of a start that `benchmarks.shapes_start` made; codebook, decoder and what leads to it begin with random weights
-always. The trainings run the job's own worker (loop, DeepSpeed engine, order of samples,
-checkpoints), two processes beside each other with one thread each; Ray Train is left out, whose start would cost more
-than these trainings. Recipes that come to the same settings are trained once. Each run's result is kept below --out, so
-that an interrupted benchmark goes on. The last line is one JSON object.
+always. The trainings run the job's own worker (loop, DeepSpeed engine, order of samples, checkpoints), two processes
+beside each other with one thread each; Ray Train is left out, whose start would cost more than these trainings. Recipes
+that come to the same settings are trained once. Each run's result is kept below --out, so that an interrupted benchmark
+goes on. The last line is one JSON object.
 """
 
 import argparse
@@ -70,8 +70,6 @@ class Budget:
 
 QUICK = Budget("quick", steps=50, pictures=2000, questions=32)
 WHOLE = Budget("whole", steps=250, pictures=4000, questions=100)
-STARTED_LR = 7e-4
-"""Learning rate of trainings from a start, that of `recipes/shapes.yaml`."""
 
 
 @dataclass(frozen=True)
@@ -111,6 +109,8 @@ def same_runs(runs: Sequence[Run]) -> dict[Run, Run]:
 def begun_as(start: Path, settings: Settings, folder: Path) -> Settings:
     """The settings, beginning with what a start has learned; the rest of the network is drawn from the seed.
 
+    The learning rate becomes that of `recipes/shapes.yaml`, which begins so too.
+
     Args:
         start: model folder of `benchmarks.shapes_start`; it may have other codebook tokens.
         settings: of a training from a preset.
@@ -134,7 +134,7 @@ def begun_as(start: Path, settings: Settings, folder: Path) -> Settings:
                 weight[markers[0]] = learned.get_parameter(name)[markers[1]]
     model.save_pretrained(folder)
     build_processor(settings).save_pretrained(folder)
-    train = settings.train.model_copy(update={"lr": STARTED_LR})
+    train = settings.train.model_copy(update={"lr": load_settings("shapes").train.lr})
     return settings.model_copy(update={"model": ModelSettings(init_from=str(folder)), "train": train})
 
 
@@ -261,9 +261,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     started = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="pixellm-ablations-") as scratch:
         out = options.out or Path(scratch)
-        make_data(out / f"data-{budget.name}", budget)
-        data = out / f"data-{budget.name}"
-        out = out / "started" if options.start else out
+        data = out / f"data-{budget.pictures}"
+        make_data(data, budget)
+        out = out / f"from-{options.start.name}" if options.start else out
         results = measure(options.recipes, options.seeds, budget, options.processes, data, out, options.start)
     rows = {recipe: row(recipe, values) for recipe, values in results.items()}
     print(

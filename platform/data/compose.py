@@ -159,12 +159,15 @@ def _composed_turns(
             turns.append(_absent_turn(absent.pop(int(rng.integers(len(absent)))), group, rng))
             continue
         chosen: list[Unit] = []
-        kept = min(plan.kept_after(question), _num_askable(waiting, asked) - 1)
+        kept = plan.kept_after(question)
+        if kept:
+            kept = min(kept, _num_askable(waiting, asked) - 1)
         for unit in waiting:
             room = wanted - sum(len(other.target_indices) for other in chosen)
             fits = len(unit.target_indices) <= room or (not chosen and len(unit.target_indices) <= limits.max_targets)
-            leaves = kept <= 0 or _num_askable(waiting, asked.union(unit.target_indices)) >= kept
-            if fits and leaves and asked.isdisjoint(unit.target_indices):
+            if not fits or not asked.isdisjoint(unit.target_indices):
+                continue
+            if kept <= 0 or _num_askable(waiting, asked.union(unit.target_indices)) >= kept:
                 chosen.append(unit)
                 asked.update(unit.target_indices)
         if chosen:
