@@ -48,7 +48,7 @@ class PixelLMOutput(ModelOutput):
     Attributes:
         loss: scalar, the weighted sum; None without labels and target masks.
         losses: detached, already weighted `text`, `ref`, `dice`.
-        logits: `[B, L, V]`.
+        logits: `[B, L, V]`; in training of no meaning where nothing attends (padding, picture tokens on padding).
         mask_logits: `[M, h, h]` fp32 at decoder resolution on the padded canvas.
         embeds_MGC: `[M, G, C]` fused codebook embeddings.
         target_rows: `[M]` batch row of each target.
@@ -353,8 +353,7 @@ class PixelLMForConditionalGeneration(PreTrainedModel):
         """
         features = self.encode_images(pixel_values, image_valid_hw)
         embeds, attendable = self.embed_inputs(input_ids, features, image_index, attention_mask)
-        position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
-        hidden, _ = self.language_forward(embeds, attendable, position_ids)
+        hidden = self._language_states(embeds, attendable)
         logits = self.lm_logits(hidden)
         rows, positions = match_groups(input_ids, self.config.codebook_token_ids, target_rows)
         embeds_MGC, mask_logits, anchor = self._decode_groups(hidden, features, rows, positions, image_index)
@@ -372,6 +371,23 @@ class PixelLMForConditionalGeneration(PreTrainedModel):
             embeds_MGC=embeds_MGC,
             target_rows=rows,
         )
+
+    def _language_states(self, embeds_BLD: Tensor, attendable_BL: Tensor) -> Tensor:
+        """The language model's states `[B, L, D]`; in training only where somebody attends, else zeros.
+
+        A picture of 4 : 3 covers three quarters of the canvas. Nothing attends to the tokens on the rest and nothing is
+        learned from them, so rows are closed up over them; what stays keeps its position.
+        """
+        positions_BL = torch.arange(embeds_BLD.shape[1], device=embeds_BLD.device).expand(attendable_BL.shape)
+        if not self.training:
+            return self.language_forward(embeds_BLD, attendable_BL, positions_BL[:1])[0]
+        longest = int(attendable_BL.sum(1).max())
+        kept_BK = torch.argsort(~attendable_BL, dim=1, stable=True)[:, :longest]
+        kept_BKD = kept_BK[..., None].expand(-1, -1, embeds_BLD.shape[2])
+        hidden, _ = self.language_forward(
+            embeds_BLD.gather(1, kept_BKD), attendable_BL.gather(1, kept_BK), positions_BL.gather(1, kept_BK)
+        )
+        return hidden.new_zeros(embeds_BLD.shape).scatter(1, kept_BKD, hidden)
 
     def _decode_groups(
         self, hidden_BLD: Tensor, features: ImageFeatures, rows: Tensor, positions: Tensor, image_index: Tensor

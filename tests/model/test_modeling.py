@@ -189,6 +189,33 @@ def test_nobody_attends_to_picture_tokens_on_padding() -> None:
     torch.testing.assert_close(hidden[0][mask], hidden[1][mask])
 
 
+def test_training_leaves_out_what_nobody_attends_to_and_learns_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = micro_model()
+    batch = micro_batch(model.config)
+    batch["image_valid_hw"][:, 0] = model.config.image_size // 2
+    learned, seen = [], []
+    original = model.language_forward
+
+    def language_forward(embeds: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor) -> tuple:
+        seen.append((mask, positions))
+        return original(embeds, mask, positions)
+
+    monkeypatch.setattr(model, "language_forward", language_forward)
+    for is_training in (True, False):
+        output = model.train(is_training)(**batch)
+        output.loss.backward()
+        learned.append((output.losses, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}))
+        model.zero_grad()
+    (short_mask, short_positions), (whole_mask, _) = seen
+    assert short_mask.shape[1] == whole_mask.sum(1).max() < whole_mask.shape[1]
+    for row in range(len(whole_mask)):
+        assert torch.equal(short_positions[row][short_mask[row]], whole_mask[row].nonzero().flatten())
+    torch.testing.assert_close(learned[0][0], learned[1][0], rtol=1e-5, atol=1e-6)
+    assert learned[0][1].keys() == learned[1][1].keys()
+    for name, gradient in learned[1][1].items():
+        torch.testing.assert_close(learned[0][1][name], gradient, rtol=1e-4, atol=1e-6)
+
+
 def test_pictures_stand_where_the_ids_say_and_words_around_them() -> None:
     model = micro_model().eval()
     batch = micro_batch(model.config)
