@@ -20,6 +20,7 @@ from types import TracebackType
 from typing import Any, Literal, Self
 
 from pixellm.errors import ConfigError, TrackingError
+from pixellm.platform import storage
 from pixellm.platform.metric_writer import MetricWriter
 from pixellm.platform.settings import Settings, TrackingSettings, from_environment
 from pixellm.platform.version import code_version
@@ -72,6 +73,12 @@ def store_address(tracking: TrackingSettings, *, make_folder: bool = True) -> st
     if "://" not in uri and not uri.startswith(("file:", "databricks")):
         return Path(uri).absolute().as_uri()
     return uri
+
+
+def from_any_folder(tracking: TrackingSettings) -> TrackingSettings:
+    """The same store and registry for processes with another working directory: paths become absolute."""
+    uri = None if tracking.uri is None else store_address(tracking, make_folder=False)
+    return tracking.model_copy(update={"root": storage.absolute(tracking.root), "uri": uri})
 
 
 def connect_store(address: str) -> Any:

@@ -35,6 +35,7 @@ from pixellm.jobs.block_folder import model_digest, take_folder
 from pixellm.jobs.block_pool import Pool, run_blocks
 from pixellm.platform import registry, storage
 from pixellm.platform.observability import format_duration
+from pixellm.platform.tracking import from_any_folder
 
 SUMMARY_FILE = "summary.json"
 _FOOTERS_AT_A_TIME = 16
@@ -183,7 +184,7 @@ def predict_batch(
 
 def _fixed(plan: BatchPlan) -> tuple[BatchPlan, str]:
     """The plan with places and model that mean the same to every process and for the whole job; the model's digest."""
-    tracking = plan.tracking.model_copy(update={"root": storage.absolute(plan.tracking.root)})
+    tracking = from_any_folder(plan.tracking)
     folder = registry.resolve(plan.model_ref, tracking)
     is_version = plan.model_ref.startswith("models:")
     fixed = replace(

@@ -38,7 +38,7 @@ from pixellm.jobs.evaluate.summary import Figure, Summary
 from pixellm.platform import registry, storage
 from pixellm.platform.data.shards import open_shards
 from pixellm.platform.settings import Settings, TrackingSettings
-from pixellm.platform.tracking import start_run
+from pixellm.platform.tracking import from_any_folder, start_run
 from pixellm.platform.version import code_version
 
 METRICS_FILE, SAMPLES_FILE, REPORT_FILE = "metrics.json", "samples.parquet", "report.html"
@@ -179,8 +179,7 @@ def evaluate_suite(
         JudgeError: `--judge-offline`, and a verdict is not in the cache.
         LanguageModelError: the judge's endpoint cannot be used.
     """
-    options, tracking = options or EvaluationOptions(), tracking or TrackingSettings()
-    tracking = tracking.model_copy(update={"root": storage.absolute(tracking.root)})  # actors have other folders
+    options, tracking = options or EvaluationOptions(), from_any_folder(tracking or TrackingSettings())
     suite, dataset = find_suite(suite_name), open_shards(storage.absolute(data_uri))
     model_dir = registry.resolve(model_ref, tracking) if open_answerer is open_model else None
     reference = str(model_ref) if model_dir is None or str(model_ref).startswith("models:") else str(model_dir)

@@ -160,7 +160,10 @@ class TrainingView:
 
     @property
     def mfu(self) -> float:
-        """Share of the devices' peak over the last steps; NaN where the peak is not known."""
+        """Share of the devices' peak over the last steps; NaN where the peak is not known.
+
+        Picture tokens on padding count as the plan counts them, though the language model leaves them out.
+        """
         seconds, tokens = sum(r.step_s for r in self._recent), sum(r.num_tokens for r in self._recent)
         peak = self.peak_flops * self.num_workers
         return tokens / seconds * self.flops_per_token / peak if seconds and peak else math.nan

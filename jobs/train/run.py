@@ -26,7 +26,7 @@ from pixellm.platform.data import mixture
 from pixellm.platform.data.compose import QuestionSource
 from pixellm.platform.observability import ProgressLine
 from pixellm.platform.settings import ClusterSettings, Settings
-from pixellm.platform.tracking import Tracker, start_run
+from pixellm.platform.tracking import Tracker, from_any_folder, start_run
 from pixellm.platform.version import code_version
 
 _DEMO_SCHEME = "demo:"
@@ -146,7 +146,8 @@ def train(settings: Settings, *, progress: bool = True, fresh: bool = False) -> 
 def resolve_source_uris(settings: Settings, data_dir: Path) -> Settings:
     """Replaces `demo:GROUP` by the shards of the packaged demo data, made below `data_dir` on first use.
 
-    Paths of training, validation and evaluation shards and of the store for checkpoints become absolute.
+    Paths of training, validation and evaluation shards, of the store for checkpoints and of the model folder to start
+    from become absolute: workers have another working directory.
 
     Raises:
         ConfigError: there is no source, or no such demo group.
@@ -156,7 +157,9 @@ def resolve_source_uris(settings: Settings, data_dir: Path) -> Settings:
     sources = tuple(
         source.model_copy(update={"uri": _resolved(source.uri, data_dir)}) for source in settings.data.sources
     )
-    train, evaluate = settings.train, settings.evaluate
+    train, evaluate, model = settings.train, settings.evaluate, settings.model
+    if model.init_from is not None and not model.init_from.startswith("models:"):
+        model = model.model_copy(update={"init_from": str(Path(model.init_from).expanduser().absolute())})
     if train.validation.uri is not None:
         validation = train.validation.model_copy(update={"uri": _resolved(train.validation.uri, data_dir)})
         train = train.model_copy(update={"validation": validation})
@@ -165,7 +168,7 @@ def resolve_source_uris(settings: Settings, data_dir: Path) -> Settings:
     if evaluate.uri is not None:
         evaluate = evaluate.model_copy(update={"uri": _resolved(evaluate.uri, data_dir)})
     data = settings.data.model_copy(update={"sources": sources})
-    return settings.model_copy(update={"data": data, "train": train, "evaluate": evaluate})
+    return settings.model_copy(update={"model": model, "data": data, "train": train, "evaluate": evaluate})
 
 
 def _resolved(uri: str, data_dir: Path) -> str:
@@ -208,6 +211,7 @@ def _run_workers(
     settings: Settings, folder: RunFolder, sources: tuple[QuestionSource, ...], view: TrainingView
 ) -> WorkerResult:
     version = code_version()
+    settings = settings.model_copy(update={"tracking": from_any_folder(settings.tracking)})
     spec = WorkerSpec(settings, str(folder.path), sources, code_version=version.commit or version.version)
     with stop_on_signals() as stop:
         view.note("starting Ray and the workers …")

@@ -250,3 +250,7 @@ def test_paths_mean_the_same_to_workers_that_run_elsewhere(
     assert resolved.train.checkpoint_uri == "s3://copies/here"
     settings = micro_settings(demo_shards, tmp_path, checkpoint_uri="copies")
     assert resolve_source_uris(settings, tmp_path / "data").train.checkpoint_uri == str(tmp_path / "copies")
+    for start, meant in (("start", str(tmp_path / "start")), ("models:/net@champion", "models:/net@champion")):
+        model = settings.model.model_copy(update={"init_from": start})
+        started = settings.model_copy(update={"model": model})
+        assert resolve_source_uris(started, tmp_path / "data").model.init_from == meant

@@ -17,7 +17,7 @@ import pytest
 from pixellm.errors import ConfigError, TrackingError
 from pixellm.platform.metric_writer import MetricWriter
 from pixellm.platform.settings import Settings, TrackingSettings, load_settings
-from pixellm.platform.tracking import RunReference, Tracker, connect_store, start_run, store_address
+from pixellm.platform.tracking import RunReference, Tracker, connect_store, from_any_folder, start_run, store_address
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +64,24 @@ def test_the_default_store_is_sqlite_beside_the_artifacts_by_an_absolute_path(
     assert store_address(TrackingSettings(uri="sqlite:///x.db")) == f"sqlite:///{tmp_path}/x.db"
     assert store_address(TrackingSettings(uri="sqlite:////x.db")) == "sqlite:////x.db"
     assert store_address(TrackingSettings(uri="folder")) == f"file://{tmp_path}/folder"
+
+
+def test_workers_find_the_callers_store_though_they_run_in_another_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = [
+        TrackingSettings(),
+        TrackingSettings(uri="sqlite:///x.db"),
+        TrackingSettings(root="s3://b/r", uri="http://h"),
+    ]
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.chdir(tmp_path)
+    here = [store_address(tracking) for tracking in given]
+    sent = [from_any_folder(tracking) for tracking in given]
+    (tmp_path / "worker").mkdir()
+    monkeypatch.chdir(tmp_path / "worker")
+    assert [store_address(tracking) for tracking in sent] == here
+    assert [tracking.root for tracking in sent] == [f"{tmp_path}/runs/mlflow"] * 2 + ["s3://b/r"]
 
 
 def test_the_recipes_store_goes_before_the_environments_and_that_before_the_default(
