@@ -104,7 +104,8 @@ def test_kill_9_at_random_moments_changes_nothing_and_repeats_no_more_than_was_u
         assert done.returncode == 0, done.stderr
         report = json.loads(done.stdout)
         assert fingerprint(tmp_path / "out") == fingerprint(tmp_path / "calm")
-        assert server.repeated <= 3 * concurrency
+        # Of each kill: what the service had, and a quarter as many answers that were being written (docs/muse.md).
+        assert server.repeated <= 3 * (concurrency + concurrency // 4)
         assert server.most_open <= concurrency
         assert report["cost"]["spent_usd"] == undisturbed.cost["spent_usd"]
         assert report["pairs"] == undisturbed.pairs
