@@ -253,7 +253,10 @@ def _finish(
     )
     if outcome.interrupted:
         return result
-    if settings.registry.register_final:
+    is_registered = settings.registry.register_final
+    if is_registered or settings.evaluate.uri is not None:
+        result = _evaluate(settings, folder, result, view, tracker)
+    if is_registered:
         result = _register(settings, folder, result, view, tracker)
     folder.update(state="finished", step=outcome.step, result=result.to_json_dict())
     return result
@@ -265,21 +268,29 @@ def _newest_checkpoint(folder: RunFolder) -> str | None:
     return str(checkpoints.path_of(steps[-1])) if steps else None
 
 
-def _register(
+def _evaluate(
     settings: Settings, folder: RunFolder, result: TrainResult, view: TrainingView, tracker: Tracker
 ) -> TrainResult:
-    """Evaluates the finished model, registers it as candidate, and asks the gate."""
-    from pixellm.jobs import models  # these import mlflow's entities and the engine
-    from pixellm.jobs.evaluate.run import evaluate_after_training
+    """Asks the finished model the questions of `evaluate`."""
+    from pixellm.jobs.evaluate.run import evaluate_after_training  # imports the engine
 
     view.note("evaluating the model …")
     evaluation = evaluate_after_training(settings, folder.model_dir, folder.path / "evaluation")
     tracker.log_metrics({f"eval_{name}": value for name, value in evaluation.metrics.items()}, result.steps)
     tracker.log_artifact(folder.path / "evaluation", "evaluation")
+    return replace(result, metrics=evaluation.metrics)
+
+
+def _register(
+    settings: Settings, folder: RunFolder, result: TrainResult, view: TrainingView, tracker: Tracker
+) -> TrainResult:
+    """Registers the evaluated model as candidate, and asks the gate."""
+    from pixellm.jobs import models  # imports mlflow's entities
+
     view.note("registering the model …")
     tags = {"run": settings.name, "steps": str(result.steps)}
     registry = settings.registry
-    version = models.register_model(folder.model_dir, tracker, evaluation.metrics, name=registry.model_name, tags=tags)
+    version = models.register_model(folder.model_dir, tracker, result.metrics, name=registry.model_name, tags=tags)
     said = "not promoted (registry.promote is false)"
     if registry.promote:
         said = models.promote(
@@ -289,7 +300,7 @@ def _register(
             max_regression=registry.gate_max_regression,
             tracking=settings.tracking,
         ).to_text()
-    return replace(result, registered_version=version.version, metrics=evaluation.metrics, promotion=said)
+    return replace(result, registered_version=version.version, promotion=said)
 
 
 @contextmanager

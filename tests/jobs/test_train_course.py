@@ -1,7 +1,9 @@
 """What happens beside the steps, in one process without Ray: validation, best checkpoints, averages, stores, disks."""
 
 import json
+import math
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,11 @@ from test_train_resume import RecordingLine, worker_spec
 
 from benchmarks import resume_drills as drills
 from pixellm.errors import ConfigError
-from pixellm.jobs.train.build import build_model
+from pixellm.jobs.train.build import build_model, build_processor
 from pixellm.jobs.train.checkpoints import CheckpointFolder, steps_to_remove
 from pixellm.jobs.train.events import StartEvent, UploadEvent, ValidationEvent, WorkerResult
-from pixellm.jobs.train.run import resolve_source_uris
+from pixellm.jobs.train.run import open_sources, resolve_source_uris, train
+from pixellm.jobs.train.run_folder import RunFolder, RunState, identity_of
 from pixellm.jobs.train.upload import Uploader
 from pixellm.jobs.train.validation import Plateau, share_of_rank
 from pixellm.jobs.train.worker import run_worker
@@ -254,3 +257,26 @@ def test_paths_mean_the_same_to_workers_that_run_elsewhere(
         model = settings.model.model_copy(update={"init_from": start})
         started = settings.model_copy(update={"model": model})
         assert resolve_source_uris(started, tmp_path / "data").model.init_from == meant
+
+
+@pytest.mark.parametrize("names_shards", [True, False])
+def test_a_recipe_that_names_shards_to_evaluate_is_evaluated_also_where_nothing_is_registered(
+    demo_shards: dict[str, str], tmp_path: Path, names_shards: bool
+) -> None:
+    settings = micro_settings(demo_shards, tmp_path)
+    evaluate = settings.evaluate.model_copy(update={"uri": demo_shards["segmentation"] if names_shards else None})
+    registry = settings.registry.model_copy(update={"register_final": False})
+    settings = settings.model_copy(update={"evaluate": evaluate, "registry": registry})
+    folder = RunFolder(settings)
+    with folder.locked():  # as the workers leave it
+        resolved, sources = open_sources(settings, folder.data_dir)
+        build_model(settings).save_pretrained(folder.model_dir)
+        build_processor(settings).save_pretrained(folder.model_dir)
+        groups = [source.group for source in settings.data.sources]
+        digests = {f"{number}.{groups[number]}": source.dataset.digest for number, source in enumerate(sources)}
+        done = asdict(WorkerResult(settings.train.steps, False, math.nan, None))
+        folder.write(RunState("trained", None, identity_of(resolved), digests, settings.train.steps, done))
+    result = train(settings, progress=False)
+    assert ("giou" in result.metrics) == names_shards
+    assert (result.registered_version, result.model_dir) == (None, str(folder.model_dir))
+    assert train(settings, progress=False).already_finished
