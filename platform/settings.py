@@ -191,7 +191,9 @@ class TrainSettings(_Section):
 class EvaluateSettings(_Section):
     """The evaluation that gates promotion after training."""
 
-    uri: str | None = Field(None, description="shards evaluated after training; None: the training sources with masks")
+    uri: str | None = Field(
+        None, description="shards evaluated after training; None: training's own, before registering"
+    )
     suite: Literal["segmentation", "muse"] = Field("segmentation", description="kind of questions asked of `uri`")
     mode: Literal["generated", "forced"] = Field("generated", description="answers generated, or targets given")
     limit: int | None = Field(None, ge=1, description="questions at most")

@@ -9,7 +9,6 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self
 
@@ -22,7 +21,7 @@ from pixellm.platform.settings import (
     from_environment,
     load_settings,
 )
-from pixellm.platform.tracking import store_address
+from pixellm.platform.tracking import from_any_folder, store_address
 from pixellm.serve.auth import ApiKey, check_exposure, read_keys
 from pixellm.serve.controller import (
     reachable,
@@ -342,5 +341,4 @@ class _StopSignal:
 
 def _for_replicas(tracking: TrackingSettings) -> TrackingSettings:
     """The same registry, said so that a process with another working directory and environment finds it."""
-    root = tracking.root if "://" in tracking.root else str(Path(tracking.root).absolute())
-    return tracking.model_copy(update={"root": root, "uri": store_address(tracking, make_folder=False)})
+    return from_any_folder(tracking.model_copy(update={"uri": store_address(tracking, make_folder=False)}))

@@ -159,7 +159,7 @@ def resolve_source_uris(settings: Settings, data_dir: Path) -> Settings:
     )
     train, evaluate, model = settings.train, settings.evaluate, settings.model
     if model.init_from is not None and not model.init_from.startswith("models:"):
-        model = model.model_copy(update={"init_from": str(Path(model.init_from).expanduser().absolute())})
+        model = model.model_copy(update={"init_from": storage.absolute(model.init_from)})
     if train.validation.uri is not None:
         validation = train.validation.model_copy(update={"uri": _resolved(train.validation.uri, data_dir)})
         train = train.model_copy(update={"validation": validation})
