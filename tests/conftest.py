@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from playwright.sync_api import expect
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
@@ -49,6 +50,7 @@ def ray_cluster() -> Iterator[str]:
 @pytest.fixture(scope="session")
 def chromium_path() -> str:
     """A real browser for the pages; without one their tests fail and say what to install."""
+    expect.set_options(timeout=60_000)  # five seconds are few on a busy machine
     for name in ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"):
         path = shutil.which(name)
         if path:

@@ -19,6 +19,7 @@ from pixellm.platform.processes import MARK, ProcessId, identify, is_running
 from pixellm.platform.settings import load_settings
 from pixellm.up import _missing, down, status, up
 from pixellm.up_state import STATE_FILE, Part, Ports, State, alone_in, read_state, write_state
+from tests.waiting import wait_until
 
 
 def state_of(parts: dict[str, Part], ray_dir: Path) -> State:
@@ -203,13 +204,6 @@ def test_up_status_and_down_for_real(short_folder: Path, monkeypatch: pytest.Mon
     assert not ray_dir.exists()
     assert [pid for pid in running_pids() if mark in command_and_environment(pid)] == []
     assert pixellm("down") == "nothing was up\n"
-
-
-def wait_until(is_true: Any) -> None:
-    deadline = time.monotonic() + 10
-    while not is_true():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def running_pids() -> list[int]:

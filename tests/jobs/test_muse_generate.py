@@ -112,7 +112,7 @@ def test_kill_9_at_random_moments_changes_nothing_and_repeats_no_more_than_was_u
 
 
 def wait_until(is_true: Callable[[], bool], process: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 180
     while not is_true():
         assert process.poll() is None, process.communicate()[1].decode()
         assert time.monotonic() < deadline

@@ -3,7 +3,6 @@
 import json
 import shutil
 import threading
-import time
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -20,6 +19,7 @@ from pixellm.jobs.muse.released import write_released
 from pixellm.jobs.muse.review import build_review_app
 from pixellm.jobs.muse.review_data import ReviewFolder, apply_review
 from pixellm.platform.data.shards import open_shards, write_shards
+from tests.waiting import wait_until
 
 
 @pytest.fixture
@@ -132,10 +132,7 @@ def url(dataset: Path) -> Iterator[str]:
     server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error"))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
-    deadline = time.monotonic() + 30
-    while not server.started:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_until(lambda: server.started, "the start of the server")
     yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/"
     server.should_exit = True
     thread.join()

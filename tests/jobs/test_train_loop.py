@@ -2,7 +2,6 @@
 
 import math
 import threading
-import time
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +13,7 @@ from pixellm.jobs.train.deepspeed_engine import StepResult
 from pixellm.jobs.train.events import StepRecord
 from pixellm.jobs.train.loop import LoopResult, Prefetcher, PreparedBatch, Wishes, prepare_batch, run_steps
 from pixellm.platform.settings import TrainSettings
+from tests.waiting import wait_until
 
 
 class CountingEngine:
@@ -129,8 +129,5 @@ def test_a_closed_prefetcher_lets_its_thread_end() -> None:
     prefetched = Prefetcher(items, depth=1)
     next(prefetched)
     prefetched.close()
-    deadline = time.monotonic() + 10
-    while any(thread.name == "prefetch" and thread.is_alive() for thread in threading.enumerate()):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_until(lambda: all(thread.name != "prefetch" for thread in threading.enumerate()))
     assert len(made) < 10

@@ -11,6 +11,7 @@ from dataclasses import replace
 import pytest
 
 from pixellm.platform.processes import MARK, ProcessId, identify, is_running, marked, stop
+from tests.waiting import wait_until
 
 # Starts a child in a session of its own and, when it runs (until then it has no environment), prints its number.
 PARENT = """
@@ -64,10 +65,7 @@ def test_a_process_that_ended_is_not_running_though_nobody_collected_it(start: S
     child = start("print('over')", "a")
     assert child.stdout is not None
     child.stdout.read()
-    deadline = time.monotonic() + 10
-    while identify(child.pid) is not None and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert identify(child.pid) is None
+    wait_until(lambda: identify(child.pid) is None)
 
 
 def test_stopping_ends_descendants_in_other_sessions_too(start: Start) -> None:

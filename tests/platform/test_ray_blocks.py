@@ -1,7 +1,6 @@
 """Numbered blocks through Ray Data: what the loop that drives them costs the process that reads."""
 
 import time
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,6 +8,7 @@ import pytest
 from pixellm.platform.data import ray_blocks
 from pixellm.platform.data.pacing import PacedLoop
 from pixellm.platform.data.ray_blocks import stream_blocks
+from tests.waiting import wait_until
 
 
 def test_the_loop_rests_while_the_reader_has_blocks_waiting(ray_cluster: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -22,17 +22,10 @@ def test_the_loop_rests_while_the_reader_has_blocks_waiting(ray_cluster: str, mo
     monkeypatch.setattr(ray_blocks, "PacedLoop", CountedLoop)
     values = stream_blocks(lambda number: [number] * 2, 40, task_cpus=0.5, max_tasks=2)
     taken = [next(values) for _ in range(4)]
-    _wait_until(lambda: len(waiting) >= 10 and all(waiting[-10:]))  # blocks are made ahead: on a busy machine, late
+    wait_until(lambda: len(waiting) >= 10 and all(waiting[-10:]))  # blocks are made ahead: on a busy machine, late
     before = len(waiting)
     time.sleep(2.0)  # a training step
 
     assert all(waiting[before:])
     assert len(waiting) - before <= 45  # thousands without a pause
     assert [*taken, *values] == [number for number in range(40) for _ in range(2)]
-
-
-def _wait_until(holds: Callable[[], bool], seconds: float = 60.0) -> None:
-    end = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < end, f"still not so after {seconds:.0f} s"
-        time.sleep(0.02)

@@ -3,7 +3,6 @@
 import asyncio
 import socket
 import threading
-import time
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -19,6 +18,7 @@ from pixellm.serve.metrics import ServiceMetrics
 from pixellm.serve.model_card import ModelCard
 from pixellm.serve.protocol import Answer, Event, Question, Started, TargetPart, TextPart
 from pixellm.serve.roster import Roster, Track, TrackState
+from tests.waiting import wait_until
 
 CARD = ModelCard(
     id="scripted",
@@ -120,10 +120,7 @@ class ServedApi:
 
     def __enter__(self) -> "ServedApi":
         self._thread.start()
-        deadline = time.monotonic() + 20
-        while not self._server.started:
-            assert time.monotonic() < deadline, "uvicorn did not start"
-            time.sleep(0.01)
+        wait_until(lambda: self._server.started, "the start of uvicorn")
         return self
 
     def __exit__(

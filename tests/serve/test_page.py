@@ -2,7 +2,6 @@
 
 import json
 import os
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from pixellm.errors import OverloadedError
 from pixellm.platform.masks import rle_decode
 from pixellm.platform.settings import ServeSettings
 from pixellm.serve.auth import new_key, read_keys
+from tests.waiting import wait_until
 
 FLAGS = [
     "--no-sandbox",
@@ -190,10 +190,7 @@ def test_a_conversation_goes_on_and_an_answer_can_be_stopped(
     expect(page.locator(".note")).to_have_text("Stopped.")
     assert backend.questions[1].history == (("What is here?", "".join(ANSWER)),)
     page.close()
-    deadline = time.monotonic() + 10
-    while not backend.num_abandoned and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert backend.num_abandoned == 1  # a stopped answer is not generated to its end
+    wait_until(lambda: backend.num_abandoned == 1, "the end of an answer that was stopped")
 
 
 def test_the_page_fits_a_phone_and_works_in_the_dark(browser: Browser, api: ServedApi, photo_path: Path) -> None:

@@ -7,8 +7,7 @@ import shutil
 import signal
 import socket
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -31,6 +30,7 @@ from pixellm.platform.settings import ServeSettings, TrackingSettings
 from pixellm.platform.tracking import connect_store, store_address
 from pixellm.serve.app import ServiceHandle, deploy
 from pixellm.serve.client import RemoteResult, RemoteTarget, RemoteText
+from tests.waiting import wait_until
 
 APP = f"tests-{os.getpid()}"
 SETTINGS = ServeSettings(
@@ -48,13 +48,6 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-def wait_for(condition: Callable[[], Any], what: str, timeout_s: float = 60) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, f"{what} did not happen within {timeout_s} s"
-        time.sleep(0.02)
 
 
 def test_a_model_that_does_not_load_ends_the_deployment_in_one_line(
@@ -274,7 +267,7 @@ def test_beyond_the_queue_questions_are_refused_at_once_with_a_time_to_come_back
             answers = []
             for number in range(1, 17):  # one after the other: the replica cannot say now how much it has taken
                 answers.append(pool.submit(ask, number))
-                wait_for(lambda count=number: num_seen() >= count, "the arrival of a question")
+                wait_until(lambda count=number: num_seen() >= count, "the arrival of a question")
         responses = [answer.result() for answer in answers]
     statuses = [response.status_code for response in responses]
     assert set(statuses) == {200, 503}
@@ -292,7 +285,7 @@ def test_hanging_up_gives_the_question_up(service: ServiceHandle, client: PixelL
     events = client.chat_stream(photo_path, LONG[0])
     next(events)
     events.close()  # type: ignore[attr-defined]
-    wait_for(lambda: metric(service, "pixellm_cancelled_total") == before + 1, "a cancellation")
+    wait_until(lambda: metric(service, "pixellm_cancelled_total") == before + 1, "a cancellation")
 
 
 def test_questions_in_flight_on_a_killed_replica_are_answered_all_the_same(
@@ -302,7 +295,7 @@ def test_questions_in_flight_on_a_killed_replica_are_answered_all_the_same(
     (pid,) = replica_pids()
     with ThreadPoolExecutor(2) as pool:
         answers = [pool.submit(client.segment, image, LONG[0]) for _ in range(2)]
-        wait_for(lambda: metric(service, "pixellm_requests_in_flight") >= 3, "two questions in flight")
+        wait_until(lambda: metric(service, "pixellm_requests_in_flight") >= 3, "two questions in flight")
         stream = client.chat_stream(image, LONG[0])
         next(stream)  # the engine is at it, and at the two that came before
         os.kill(pid, signal.SIGKILL)
@@ -334,15 +327,15 @@ def test_the_champion_moves_without_a_failed_question_and_a_bad_version_never_se
         asking = pool.submit(keep_asking)
         try:
             set_alias("talking", "champion", 2, registry)
-            wait_for(lambda: track()["failed"], "the refusal of version 2")
+            wait_until(lambda: track()["failed"], "the refusal of version 2")
             assert "golden example" in track()["failed"][0]["reason"]
             assert track()["serving"] == "1"
             assert metric(service, "pixellm_model_failed") == 1
             set_alias("talking", "champion", 3, registry)
-            wait_for(lambda: versions[-1:] == ["3"], "an answer of version 3")
-            wait_for(lambda: len(replica_pids()) == 1, "the end of version 1's replica")
+            wait_until(lambda: versions[-1:] == ["3"], "an answer of version 3")
+            wait_until(lambda: len(replica_pids()) == 1, "the end of version 1's replica")
             asked = len(versions)
-            wait_for(lambda: len(versions) > asked, "one more answer")
+            wait_until(lambda: len(versions) > asked, "one more answer")
         finally:
             is_over.set()
         asking.result()
