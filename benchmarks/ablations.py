@@ -250,6 +250,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     every = (*dict.fromkeys(recipe for rows in TABLES.values() for recipe in rows), SHUFFLED)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="short trainings; below 20 minutes on 2 cores")
+    parser.add_argument("--preset", help="accepted and unused: the networks are those of the recipes")
     parser.add_argument("--seeds", type=int, default=3, help="trainings of each recipe (default: 3)")
     parser.add_argument("--processes", type=int, default=2, help="trainings beside each other (default: 2)")
     parser.add_argument("--recipes", nargs="+", default=every, choices=every, metavar="RECIPE", help="only these")

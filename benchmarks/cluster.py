@@ -143,6 +143,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measures and prints the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one turn of each, no two raylets, 200 pictures")
+    parser.add_argument("--preset", help="accepted and unused: the sizes are fixed")
     options = parser.parse_args(arguments)
     started = time.perf_counter()
     result = describe("cluster", quick=options.quick)

@@ -140,6 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Trains, evaluates, and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="short trainings; below 5 minutes on 2 cores")
+    parser.add_argument("--preset", help="accepted and unused: the networks are those of the paper in miniature")
     parser.add_argument("--processes", type=int, default=2, help="trainings beside each other (default: 2)")
     parser.add_argument("--out", type=Path, help="keeps shards, models and answers there; default: removed at the end")
     options = parser.parse_args(arguments)

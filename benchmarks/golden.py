@@ -136,7 +136,7 @@ def compare_image(path: Path) -> Pairs:
 
 
 def max_relative_error(pairs: Pairs) -> float:
-    """The largest |ours − golden| / max |golden|; 1.0 where a shape or an array marked `(exact)` differs."""
+    """The largest |ours − golden| / max |golden|; 1.0 for another shape or `(exact)` array, and for NaN."""
     return max((_relative_error(name, *pair) for name, pair in pairs.items()), default=0.0)
 
 
@@ -144,8 +144,10 @@ def compare_dir(folder: Path) -> dict[str, Pairs]:
     """Compares every golden file of a folder.
 
     Raises:
-        SystemExit: a file of no known form, or an `e2e_*` file whose companions are missing.
+        SystemExit: no folder, a file of no known form, or an `e2e_*` file whose companions are missing.
     """
+    if not folder.is_dir():
+        raise SystemExit(f"no folder {folder}; give --dir the folder of the golden files, e.g. tests/golden")
     results: dict[str, Pairs] = {}
     e2e_files: list[Path] = []
     for path in sorted(folder.iterdir()):
@@ -193,6 +195,8 @@ def _relative_error(name: str, ours: np.ndarray, golden: np.ndarray) -> float:
         return 1.0
     if name.endswith("(exact)"):
         return 0.0 if np.array_equal(ours, golden) else 1.0
+    if not np.isfinite(ours).all():
+        return 1.0
     difference = float(np.abs(ours.astype(np.float64) - golden).max(initial=0.0))
     largest = float(np.abs(golden.astype(np.float64)).max(initial=0.0))
     return difference / largest if largest else difference

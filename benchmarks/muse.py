@@ -172,6 +172,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measures and prints the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer requests; below 5 minutes on 2 cores")
+    parser.add_argument("--preset", help="accepted and unused: no network is run")
     parser.add_argument("--data", type=Path, default=DEMO_DATA, help="a COCO folder: images/ and instances.json")
     options = parser.parse_args(arguments)
     # The endpoint is a process of this machine; Ray's own 15 would leave the actors what it leaves over.

@@ -33,7 +33,7 @@ class JobHandle:
         self.job_id = job_id
 
     @classmethod
-    def open(cls, job_id: str, address: str) -> "JobHandle":
+    def open(cls, job_id: str, address: str | None) -> "JobHandle":
         """A handle on a job that was submitted before.
 
         Raises:
@@ -136,7 +136,7 @@ class JobHandle:
             await asyncio.sleep(_POLL_S)
 
 
-def open_client(address: str) -> Any:
+def open_client(address: str | None) -> Any:
     """Ray's `JobSubmissionClient` on a dashboard, connected: probed first, with the token where one is wanted.
 
     Raises:
@@ -188,8 +188,12 @@ def dashboard_url(address: str | None) -> str:
     url = address or known.get("RAY_API_SERVER_ADDRESS") or known.get("RAY_ADDRESS")
     if url is None:
         raise ConfigError("no cluster is named; give --address http://HEAD:8265, the dashboard that `ray start` prints")
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
+    try:
+        parts = urlsplit(url)
+        is_address = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # "http://[::1", a port beyond 65535
+        is_address = False
+    if not is_address:
         raise ConfigError(f"the address {url!r} is not the dashboard's http://HEAD:8265, which `ray start` prints")
     return url.rstrip("/")
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from pixellm.errors import DataError
+from pixellm.errors import ConfigError, DataError
 from pixellm.platform import registry
 from pixellm.platform.overlay import draw_overlay
 from pixellm.platform.settings import TrackingSettings
@@ -99,9 +99,12 @@ def predict(
         tracking: which registry the reference is looked up in.
 
     Raises:
+        ConfigError: `out_dir` is no folder of this machine, or `device` none that it has.
         DataError: a picture is absent or damaged; it is named, and those that can be read are answered before.
         ModelLoadError: the reference does not resolve to a whole model.
     """
+    if "://" in str(out_dir):
+        raise ConfigError(f"got --out {out_dir}; a few pictures are written to a folder; --in writes to stores as well")
     contents = [_read(path) for path in images]
     from pixellm.model.engine import PixelLMEngine  # slow import (transformers)
 

@@ -9,7 +9,7 @@ from pixellm.platform import storage
 from pixellm.platform.data.preparation import prepare_shards, run_here, run_on_ray
 from pixellm.platform.data.shards import ROWS_PER_PART
 from pixellm.platform.data.sources import get_source, is_generated, with_options
-from pixellm.platform.data.sources.base import Ledger, PrepareReport, Progress
+from pixellm.platform.data.sources.base import Ledger, PictureSource, PrepareReport, Progress
 
 #: The photographs, masks, captions and questions that come with the package.
 DEMO_DATA = Path(__file__).resolve().parent.parent / "platform" / "data" / "demo"
@@ -49,9 +49,7 @@ def prepare(
         DataError: a part is missing or malformed, a mask lies outside its picture, nothing was kept, or, in strict
             mode, any fault; another process prepares the same place.
     """
-    reader = with_options(get_source(source), options or {})
-    if input_dir is None and not is_generated(reader):
-        raise ConfigError(f"{source} is read from a folder: give --in with {reader.layout}")
+    reader = open_source(source, input_dir, options)
     ledger = Ledger(strict=strict, skip_bad_masks=skip_bad_masks, progress=progress)
     notes: dict[str, Any] = {"source": source}
     notes |= {"options": dict(options)} if options else {}
@@ -81,6 +79,18 @@ def prepare(
         noted_names=ledger.note_names,
         parts_found=done.parts_found,
     )
+
+
+def open_source(source: str, input_dir: str | Path | None, options: Mapping[str, Any] | None = None) -> PictureSource:
+    """The reader of a source with its options; looks at no data.
+
+    Raises:
+        ConfigError: there is no such source, it needs an input folder, or takes no such options.
+    """
+    reader = with_options(get_source(source), options or {})
+    if input_dir is None and not is_generated(reader):
+        raise ConfigError(f"{source} is read from a folder: give --in with {reader.layout}")
+    return reader
 
 
 def prepare_demo(out_dir: str | Path) -> dict[str, str]:

@@ -192,7 +192,7 @@ def _placed(settings: Settings, caller_dir: Path, is_head_local: bool) -> Settin
             return str(caller_dir / path)
         raise ConfigError(
             f"{knob} is {path!r}, a path of this machine; the cluster is elsewhere: give --{knob}= an absolute path on "
-            "storage that all its nodes share, or a URI"
+            f"storage that all its nodes share{'' if knob == 'train.output_dir' else ', or a URI'}"
         )
 
     def read(path: str | None, knob: str) -> str | None:

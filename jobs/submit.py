@@ -119,7 +119,7 @@ def submit_from_command_line(words: Sequence[str], *, address: str | None = None
     return code
 
 
-def list_jobs(address: str) -> JobList:
+def list_jobs(address: str | None) -> JobList:
     """The submitted jobs of a cluster, newest first.
 
     Raises:
@@ -143,7 +143,7 @@ def list_jobs(address: str) -> JobList:
     return JobList(url, tuple(sorted(rows, key=lambda row: -(row.start_ms or 0))))
 
 
-def job_status(job_id: str, address: str) -> str:
+def job_status(job_id: str, address: str | None) -> str:
     """The state of a job in one line.
 
     Raises:
@@ -154,7 +154,7 @@ def job_status(job_id: str, address: str) -> str:
     return f"{status} (exit code {job.exit_code()})" if status == "FAILED" else status
 
 
-def print_logs(job_id: str, address: str, *, follow: bool = False) -> None:
+def print_logs(job_id: str, address: str | None, *, follow: bool = False) -> None:
     """Prints what a job printed, until it ends with `follow`.
 
     Raises:
@@ -167,7 +167,7 @@ def print_logs(job_id: str, address: str, *, follow: bool = False) -> None:
         print(job.logs(), end="", flush=True)
 
 
-def stop_job(job_id: str, address: str) -> str:
+def stop_job(job_id: str, address: str | None) -> str:
     """Asks a job to stop and waits until it has; training leaves a checkpoint. Returns one line on what happened.
 
     Raises:

@@ -43,7 +43,12 @@ _OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
 app.command(context_settings=_OVERRIDES)(up)
 
 Config = Annotated[Path | None, typer.Option("--config", help="YAML recipe; dotted overrides follow: --train.lr=1e-4")]
-Address = Annotated[str, typer.Option("--address", help="the cluster's dashboard, e.g. http://127.0.0.1:8265")]
+Address = Annotated[
+    str | None,
+    typer.Option(
+        "--address", help="the cluster's dashboard, http://HEAD:8265 [default: RAY_API_SERVER_ADDRESS, RAY_ADDRESS]"
+    ),
+]
 
 
 def main() -> None:
@@ -51,13 +56,16 @@ def main() -> None:
     from pixellm.platform.observability import configure_logging
     from pixellm.platform.settings import check_secrets
 
-    configure_logging()
     try:
+        configure_logging()
         check_secrets()
         app()
     except PixelLMError as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(error.exit_code)
+    except OSError as error:  # a file or folder that a command was given: it names it
+        typer.echo(f"error: {error}; check the path, its permissions and the space on the disk", err=True)
+        sys.exit(1)
     except KeyboardInterrupt:
         typer.echo("interrupted", err=True)
         sys.exit(130)
@@ -73,7 +81,7 @@ def _root(version: Annotated[bool, typer.Option("--version", help="print the ver
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option("--out", help="the folder everything is written to")] = Path("demo"),
-    port: Annotated[int, typer.Option("--port", help="where the service listens")] = 8000,
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="where the service listens")] = 8000,
     steps: Annotated[int | None, typer.Option("--steps", help="training steps; the recipe's when not given")] = None,
     keep: Annotated[bool, typer.Option("--keep", help="leave the service up and print how to query it")] = False,
 ) -> None:
@@ -98,7 +106,8 @@ def data_prepare(
     source: Annotated[str, typer.Argument(help="coco, muse, shapes, …")],
     out: Annotated[str, typer.Option("--out", help="where the shards go (folder or URI)")],
     input_dir: Annotated[
-        Path | None, typer.Option("--in", help="the dataset's folder, laid out as its publisher does; not for shapes")
+        str | None,
+        typer.Option("--in", help="the dataset's folder (or URI), laid out as its publisher does; not for shapes"),
     ] = None,
     strict: Annotated[
         bool, typer.Option("--strict", help="stop at the first bad record instead of skipping it")
@@ -119,11 +128,13 @@ def data_prepare(
 
     Ends with counts of what was kept and skipped, and a digest. The same command goes on where one was interrupted.
     """
-    from pixellm.jobs.prepare import prepare
+    from pixellm.jobs.prepare import open_source, prepare
     from pixellm.platform import cluster
 
     given = {"samples": samples, "seed": seed, "split": split, "split_by": split_by}
     given |= {"shuffle_questions": shuffle_questions or None}
+    options = {name: value for name, value in given.items() if value is not None}
+    open_source(source, input_dir, options)  # what is wrong with the command is said before Ray starts
     cluster.connect()
     try:
         with _picture_bar() as progress:
@@ -133,7 +144,7 @@ def data_prepare(
                 out,
                 strict=strict,
                 skip_bad_masks=skip_bad_masks,
-                options={name: value for name, value in given.items() if value is not None},
+                options=options,
                 progress=progress,
                 on_ray=True,
             )
@@ -230,14 +241,15 @@ def data_show(
     out: Annotated[Path | None, typer.Option("--out", help="PNG to write [default: contact_sheet.png]")] = None,
     html: Annotated[Path | None, typer.Option("--html", help="self-contained page to write")] = None,
     count: Annotated[int, typer.Option("--count", min=1, help="samples drawn")] = 12,
+    as_json: AsJson = False,
 ) -> None:
     """A contact sheet: samples with their masks, questions and answers."""
     from pixellm.jobs.data_show import show, write_samples_page
 
-    if html is not None:
-        typer.echo(str(write_samples_page(uris, html, n=count)))
+    written = [str(write_samples_page(uris, html, n=count))] if html is not None else []
     if out is not None or html is None:
-        typer.echo(str(show(uris, out or Path("contact_sheet.png"), n=count)))
+        written.append(str(show(uris, out or Path("contact_sheet.png"), n=count)))
+    _print({"written": written}, "\n".join(written), as_json)
 
 
 @app.command(context_settings=_OVERRIDES)
@@ -248,9 +260,16 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="print parameters, memory, steps and time; start nothing")
     ] = False,
+    print_config: Annotated[
+        bool, typer.Option("--print-config", help="print the resolved settings as a recipe; start nothing")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Trains as a recipe says. Ctrl-C leaves a checkpoint; the same command goes on from it."""
+    if print_config:
+        settings = _settings(config, context)
+        _print(settings.model_dump(mode="json"), settings.to_yaml().rstrip(), as_json)
+        return
     if dry_run:
         from pixellm.jobs.train.plan import plan_training
 
@@ -319,7 +338,7 @@ def serve(
         list[str] | None, typer.Option("--canary", help="a share of the traffic: models:/pixellm@candidate=10%")
     ] = None,
     host: Annotated[str | None, typer.Option("--host")] = None,
-    port: Annotated[int | None, typer.Option("--port")] = None,
+    port: Annotated[int | None, typer.Option("--port", min=0, max=65535)] = None,
     config: Config = None,
 ) -> None:
     """The HTTP API and the page, on autoscaled engine replicas; aliases are followed. Ctrl-C stops it."""
@@ -355,19 +374,24 @@ def key(name: Annotated[str, typer.Argument(help="who it is for")], as_json: AsJ
     _print({"key": secret, "line": line}, text, as_json)
 
 
-@app.command(context_settings=_OVERRIDES | {"allow_interspersed_args": False})
-def submit(
-    context: typer.Context,
-    address: Annotated[str | None, typer.Option("--address")] = None,
-) -> None:
-    """Runs a pixellm command on a cluster: pixellm submit train --config X --address URL [--wait]."""
+@app.command(
+    context_settings=_OVERRIDES | {"allow_interspersed_args": False},
+    options_metavar="COMMAND… [--wait] [--secret NAME]…",
+)
+def submit(context: typer.Context, address: Address = None) -> None:
+    """Runs a pixellm command on a cluster: pixellm submit train --config X --address URL [--wait].
+
+    COMMAND… are the words behind `pixellm`: train, evaluate, predict, data, … with their options. --wait prints what
+    the job prints and ends with its exit code. --secret NAME hands it a variable that the cluster holds, e.g.
+    OPENAI_API_KEY; it may be given several times.
+    """
     from pixellm.jobs.submit import submit_from_command_line
 
     raise typer.Exit(submit_from_command_line(context.args, address=address))
 
 
 @jobs_app.command("list")
-def jobs_list(address: Address, as_json: AsJson = False) -> None:
+def jobs_list(address: Address = None, as_json: AsJson = False) -> None:
     """The cluster's jobs and their states."""
     from pixellm.jobs import submit as submission
 
@@ -376,16 +400,19 @@ def jobs_list(address: Address, as_json: AsJson = False) -> None:
 
 
 @jobs_app.command("status")
-def jobs_status(job_id: str, address: Address) -> None:
+def jobs_status(job_id: str, address: Address = None, as_json: AsJson = False) -> None:
     """A job's state."""
     from pixellm.jobs import submit as submission
 
-    typer.echo(submission.job_status(job_id, address))
+    state = submission.job_status(job_id, address)
+    _print({"job_id": job_id, "status": state}, state, as_json)
 
 
 @jobs_app.command("logs")
 def jobs_logs(
-    job_id: str, address: Address, follow: Annotated[bool, typer.Option("--follow", "-f", help="until it ends")] = False
+    job_id: str,
+    address: Address = None,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="until it ends")] = False,
 ) -> None:
     """What a job printed."""
     from pixellm.jobs import submit as submission
@@ -394,11 +421,12 @@ def jobs_logs(
 
 
 @jobs_app.command("stop")
-def jobs_stop(job_id: str, address: Address) -> None:
+def jobs_stop(job_id: str, address: Address = None, as_json: AsJson = False) -> None:
     """Asks a job to stop; training leaves a checkpoint."""
     from pixellm.jobs import submit as submission
 
-    typer.echo(submission.stop_job(job_id, address))
+    said = submission.stop_job(job_id, address)
+    _print({"job_id": job_id, "message": said}, said, as_json)
 
 
 @convert_app.command("official")

@@ -60,6 +60,7 @@ class BadRequestError(ServingError):
     `param` names the field of the request that is at fault, `code` is a short machine-readable reason.
     """
 
+    exit_code = 2
     status_code = 400
 
     def __init__(

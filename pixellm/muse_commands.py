@@ -63,7 +63,7 @@ def muse_generate(
 def muse_review(
     uri: Annotated[str, typer.Argument(help="what `muse generate` wrote, or shards with reasoning questions")],
     host: Annotated[str, typer.Option("--host")] = "127.0.0.1",
-    port: Annotated[int, typer.Option("--port")] = 8001,
+    port: Annotated[int, typer.Option("--port", min=0, max=65535)] = 8001,
     who: Annotated[str | None, typer.Option("--who", help="the reviewer's name; else the login's")] = None,
     write_back: Annotated[
         bool, typer.Option("--write-back", help="no page: write all decisions back into the dataset, and end")

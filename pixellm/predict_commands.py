@@ -21,7 +21,9 @@ def predict(
     ] = None,
     device: Annotated[str, typer.Option("--device", help="where the model runs: cpu, cuda")] = "cpu",
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="longest answer")] = 256,
-    threshold: Annotated[float, typer.Option("--threshold", help="probability of a target's pixel")] = 0.5,
+    threshold: Annotated[
+        float, typer.Option("--threshold", min=0, max=1, help="probability of a target's pixel")
+    ] = 0.5,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="pictures answered together")] = 8,
     actors: Annotated[
         int, typer.Option("--actors", min=0, help="batch: most Ray actors; 0: in this process, without Ray")

@@ -17,11 +17,15 @@ def up(
     context: typer.Context,
     model: Annotated[str, typer.Option("--model", help="what is served")] = "models:/pixellm@champion",
     host: Annotated[str, typer.Option("--host", help="where the service listens")] = "127.0.0.1",
-    port: Annotated[int, typer.Option("--port", help="of the service")] = 8000,
-    mlflow_port: Annotated[int, typer.Option("--mlflow-port")] = 5000,
-    dashboard_port: Annotated[int, typer.Option("--dashboard-port", help="Ray's, where jobs are submitted")] = 8265,
-    ray_port: Annotated[int, typer.Option("--ray-port", help="Ray's control store")] = 6379,
-    metrics_port: Annotated[int, typer.Option("--metrics-port", help="Ray's metrics, for Prometheus")] = 8080,
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="of the service")] = 8000,
+    mlflow_port: Annotated[int, typer.Option("--mlflow-port", min=0, max=65535)] = 5000,
+    dashboard_port: Annotated[
+        int, typer.Option("--dashboard-port", min=0, max=65535, help="Ray's, where jobs are submitted")
+    ] = 8265,
+    ray_port: Annotated[int, typer.Option("--ray-port", min=0, max=65535, help="Ray's control store")] = 6379,
+    metrics_port: Annotated[
+        int, typer.Option("--metrics-port", min=0, max=65535, help="Ray's metrics, for Prometheus")
+    ] = 8080,
     num_cpus: Annotated[int | None, typer.Option("--num-cpus", min=1, help="logical CPUs of Ray")] = None,
     folder: Folder = _DEFAULT_FOLDER,
     config: Annotated[Path | None, typer.Option("--config", help="YAML recipe: sections serve and tracking")] = None,

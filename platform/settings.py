@@ -112,7 +112,9 @@ PARTS = ("vision", "projectors", "language", "lora", "embeddings", "codebook", "
 class TrainSettings(_Section):
     """The training job. Defaults are the released hyper-parameters where the recipe says nothing."""
 
-    output_dir: str = "runs"
+    output_dir: str = Field(
+        "runs", description="folder of the runs; with workers on several machines, one that all of them mount"
+    )
     num_workers: Annotated[int, Field(ge=1)] | tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] = Field(
         2, description="workers, or [least, most]: goes on with fewer when a node is lost and grows back"
     )
@@ -168,6 +170,11 @@ class TrainSettings(_Section):
 
     @model_validator(mode="after")
     def _fits_together(self) -> "TrainSettings":
+        if "://" in self.output_dir:
+            raise ValueError(
+                f"output_dir is {self.output_dir!r}; wanted a folder, with workers on several machines one that all of "
+                "them mount (checkpoint_uri keeps copies in a store)"
+            )
         if self.min_workers > self.max_workers:
             raise ValueError(f"num_workers is [least, most], got {list(self.num_workers)}")  # type: ignore[arg-type]
         micro_batches = self.max_workers * self.grad_accumulation

@@ -35,6 +35,8 @@ def open_filesystem(uri: str | Path) -> tuple[pafs.FileSystem, str]:
         filesystem, path = pafs.FileSystem.from_uri(text)
     except pa.ArrowException:
         return _open_with_fsspec(text)
+    except OSError as error:  # hdfs:// without its library, a store that cannot be reached
+        raise DataError(f"cannot open {text}: {str(error).splitlines()[0]}") from None
     return filesystem, path
 
 

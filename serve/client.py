@@ -17,7 +17,7 @@ from typing import Any, Self
 
 import httpx
 
-from pixellm.errors import RequestTimeoutError, ServingError
+from pixellm.errors import ConfigError, RequestTimeoutError, ServingError
 from pixellm.serve.client_results import (
     ImageLike,
     RemoteResult,
@@ -45,9 +45,15 @@ class _Requests:
 
     def __init__(self, base_url: str, api_key: str | None, timeout_s: float, max_retries: int) -> None:
         self.base_url = base_url.rstrip("/")
+        try:
+            url = httpx.URL(base_url)
+        except httpx.InvalidURL as error:
+            raise ConfigError(f"{base_url!r} is no address ({error}); wanted e.g. http://127.0.0.1:8000") from None
+        if url.scheme not in ("http", "https") or not url.host:
+            raise ConfigError(f"{base_url!r} is not the address of a service; wanted e.g. http://127.0.0.1:8000")
         self.headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
         # a proxy that the environment names cannot reach this machine's own loopback address
-        self.may_use_proxy = httpx.URL(base_url).host not in ("127.0.0.1", "localhost", "::1")
+        self.may_use_proxy = url.host not in ("127.0.0.1", "localhost", "::1")
         self.timeout_s = timeout_s
         self.max_retries = max_retries
 

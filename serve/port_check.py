@@ -6,19 +6,24 @@ import socket
 from contextlib import suppress
 from pathlib import Path
 
-from pixellm.errors import ServingError
+from pixellm.errors import ConfigError, ServingError
 
+_LAST_PORT = 65535
 _LISTEN = "0A"
 
 
 def check_port_is_free(host: str, port: int, *, option: str = "--port") -> None:
     """Raises ServingError when nothing can listen on `host:port`; the message names the holder where it can be seen.
 
+    A number that is no port is a ConfigError.
+
     Args:
         host: address to listen on.
         port: the port.
         option: what chooses another port, for the message.
     """
+    if not 0 <= port <= _LAST_PORT:
+        raise ConfigError(f"{option} is {port}; wanted a port from 1 to {_LAST_PORT}, or 0 for any that is free")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -6,7 +6,7 @@ it does not use, because OpenAI clients send many fields.
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from pixellm.serve.mask_formats import MaskFormat
 
@@ -22,6 +22,14 @@ class AnswerOptions(BaseModel):
     seed: int | None = Field(None, ge=-(2**63), lt=2**63, description="makes sampling repeatable")
     stop: str | list[str] | None = Field(None, description="the answer ends before the first of these")
     model: str | None = Field(None, max_length=512, description="a served model's id (GET /v1/models)")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_not_given(cls, fields: Any) -> Any:
+        """OpenAI's schema lets optional fields be null, and its clients send them so."""
+        if not isinstance(fields, dict):
+            return fields
+        return {name: value for name, value in fields.items() if value is not None}
 
 
 class SegmentBody(AnswerOptions):
@@ -92,7 +100,7 @@ class ChatMessage(BaseModel):
 class StreamOptions(BaseModel):
     """OpenAI's `stream_options`."""
 
-    include_usage: bool = False
+    include_usage: bool | None = None
 
 
 class ChatBody(AnswerOptions):

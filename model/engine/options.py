@@ -68,16 +68,26 @@ def load_model(path: str | Path, device: str, options: EngineOptions) -> PixelLM
 
     Raises:
         ModelLoadError: weights are missing, unexpected or mis-shaped.
-        ConfigError: an option that this machine cannot run.
+        ConfigError: a device or an option that this machine cannot run.
     """
     kwargs: dict[str, Any] = {"dtype": DTYPES[options.dtype], "attn_implementation": _attention(options, device)}
     if options.quantization in ("8bit", "4bit"):
         kwargs |= {"quantization_config": bitsandbytes_config(options), "device_map": {"": device}}
+        check_device(device)
         return load_network(path, **kwargs)
+    check_device(device)
     model = load_network(path, **kwargs).to(device)  # type: ignore[arg-type]
     if options.quantization == "int8-cpu":
         quantize_language_model_int8(model)
     return model
+
+
+def check_device(device: str) -> None:
+    """Raises ConfigError unless tensors can be put on `device`: "cpu", "cuda", "cuda:1", …"""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # no such name; no such device; not built in
+        raise ConfigError(f"cannot run on device {device!r}: {str(error).splitlines()[0]}; cpu always can") from None
 
 
 def bitsandbytes_config(options: EngineOptions) -> Any:

@@ -232,7 +232,7 @@ def prepare_shards(
             folder.content,
             parts,
             tally,
-            name=Path(str(out_uri)).name,
+            name=source.name,
             notes={**notes, "skipped": ledger.counts, "noted": ledger.notes},
             shown_uri=out_uri,
         )

@@ -93,7 +93,7 @@ def test_on_this_machine_the_job_runs_in_the_callers_folder_and_reads_the_shippe
 
 @pytest.mark.parametrize("knob", ["train.output_dir", "tracking.root"])
 def test_elsewhere_a_place_on_this_machine_is_refused_and_the_knob_named(knob: str) -> None:
-    overrides = {"train.output_dir": "s3://b/runs", "tracking.root": "/shared/mlflow"} | {knob: "runs"}
+    overrides = {"train.output_dir": "/shared/runs", "tracking.root": "/shared/mlflow"} | {knob: "runs"}
     command = ["train", *(f"--{key}={value}" for key, value in overrides.items())]
     with pytest.raises(ConfigError, match=f"--{knob}="):
         plan_submission(command, caller_dir=HERE, is_head_local=False)
@@ -107,10 +107,10 @@ def test_elsewhere_data_in_a_folder_of_this_machine_is_refused(tmp_path: Path) -
 
 
 def test_elsewhere_the_job_stays_in_its_own_folder(tmp_path: Path) -> None:
-    command = ["train", "--train.output_dir=s3://b/runs", "--tracking.root=/shared/mlflow"]
+    command = ["train", "--train.output_dir=/shared/runs", "--tracking.root=/shared/mlflow"]
     plan = plan_submission(command, caller_dir=HERE, is_head_local=False)
     assert plan.entrypoint == 'python3 -P -m pixellm.job train --config "$PWD/recipe.yaml"'
-    assert shipped(command, tmp_path, is_head_local=False).train.output_dir == "s3://b/runs"
+    assert shipped(command, tmp_path, is_head_local=False).train.output_dir == "/shared/runs"
 
 
 def test_other_commands_travel_as_they_are_word_for_word() -> None:

@@ -18,7 +18,7 @@ from pixellm.model.engine import (
     SchedulerLimits,
     SegmentRequest,
 )
-from pixellm.model.engine.options import bitsandbytes_config, load_model
+from pixellm.model.engine.options import bitsandbytes_config, check_device, load_model
 
 QUESTION = "Segment the cat."
 
@@ -161,3 +161,10 @@ def test_the_compiled_step_is_used_and_answers_the_same(
         handles = [start(engine, picture, max_new_tokens=30) for picture in pictures]
         expected = [start(plain, picture, max_new_tokens=30).result() for picture in pictures]
         assert [h.result(60).token_ids for h in handles] == [e.token_ids for e in expected]
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:99"])
+def test_a_device_that_is_not_here_is_named(device: str) -> None:
+    with pytest.raises(ConfigError, match=f"cannot run on device '{device}'"):
+        check_device(device)
+    check_device("cpu")

@@ -69,6 +69,16 @@ def test_a_model_without_all_its_files_is_an_error(tmp_path: Path) -> None:
         golden.compare_dir(tmp_path)
 
 
+def test_a_number_of_ours_that_is_not_finite_is_as_wrong_as_can_be() -> None:
+    right, wrong = np.ones(3), np.array([1.0, np.nan, 1.0])
+    assert golden.max_relative_error({"a": (right, right), "b": (wrong, right)}) == 1.0
+
+
+def test_a_folder_that_is_absent_is_named(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="give --dir"):
+        golden.compare_dir(tmp_path / "none")
+
+
 def test_the_benchmarks_last_line_gives_the_largest_error_by_file(
     golden_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -126,10 +126,10 @@ def test_a_killed_preparation_goes_on_where_it_stopped_and_leaves_nothing_behind
     assert sorted(path.name for path in made) == ["part-00000.parquet", "part-00001.parquet"]
 
     report = prepare("coco", coco.folder, tmp_path / "out" / "set", pictures_per_part=3)
-    prepare("coco", coco.folder, tmp_path / "undisturbed" / "set", pictures_per_part=3)
+    prepare("coco", coco.folder, tmp_path / "undisturbed" / "other name", pictures_per_part=3)
 
     assert (report.rows, report.parts_found) == (12, 2)
-    assert files(tmp_path / "out" / "set") == files(tmp_path / "undisturbed" / "set")
+    assert files(tmp_path / "out" / "set") == files(tmp_path / "undisturbed" / "other name")
     for path, changed in made.items():
         assert (tmp_path / "out" / "set" / path.name).stat().st_mtime_ns == changed
     assert os.listdir(tmp_path / "out") == ["set"]

@@ -214,6 +214,14 @@ def test_fields_that_openai_clients_send_are_ignored_and_two_answers_are_refused
     )
 
 
+def test_what_openai_clients_leave_open_may_be_null() -> None:
+    names = ["temperature", "top_p", "n", "stream", "seed", "stop", "max_tokens", "stream_options"]
+    response = chat(**dict.fromkeys(names))
+    assert response.status_code == 200, response.text
+    assert chat(stream=True, stream_options={"include_usage": None}).status_code == 200
+    assert error_of(chat(messages=None))["param"] == "messages"
+
+
 def test_models_health_and_unknown_routes() -> None:
     backend = make_backend()
     listed = send(backend, "GET", "/v1/models").json()

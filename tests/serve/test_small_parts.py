@@ -44,6 +44,8 @@ def test_a_taken_port_is_named_with_its_holder_and_the_option() -> None:
 def test_an_address_of_another_machine_is_said_to_be_unusable() -> None:
     with pytest.raises(ServingError, match=r"192\.0\.2\.77:8000.*--host"):
         check_port_is_free("192.0.2.77", 8000)
+    with pytest.raises(ConfigError, match="--port is 99999; wanted a port from 1 to 65535"):
+        check_port_is_free("127.0.0.1", 99999)
 
 
 def test_a_model_answers_to_its_name_its_version_and_the_reference_it_was_asked_by() -> None:
