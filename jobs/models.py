@@ -2,8 +2,8 @@
 
 import io
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,8 @@ class VersionList:
         lines = [f"{self.name}: {len(self.versions)} version{'s' if len(self.versions) != 1 else ''}"]
         for version in self.versions:
             aliases = f" @{' @'.join(version.aliases)}" if version.aliases else ""
-            lines.append(f"  {version.version:>4}  {_date(version)}  {_metrics(version)}{aliases}")
+            own = replace(version, metrics={name: value for name, value in version.metrics.items() if "." not in name})
+            lines.append(f"  {version.version:>4}  {_date(version)}  {_metrics(own)}{aliases}")
         return "\n".join(lines)
 
 
@@ -160,6 +161,7 @@ def promote(
     metric: str = "giou",
     floor: float = 0.0,
     max_regression: float = 0.02,
+    gates: Sequence[Gate] = (),
     tracking: TrackingSettings = _DEFAULT,
 ) -> PromotionReport:
     """Moves `champion` to a version if it passes the gate.
@@ -169,12 +171,13 @@ def promote(
         metric: the metric the gate looks at.
         floor: the least value that passes.
         max_regression: how far below the champion's value is still accepted.
+        gates: conditions in the place of the three before; all must pass.
         tracking: which registry.
 
     Raises:
         ModelLoadError, TrackingError: as `pixellm.platform.registry.look_up`.
     """
-    return PromotionReport(registry.promote(reference, Gate(metric, floor, max_regression), tracking))
+    return PromotionReport(registry.promote(reference, gates or Gate(metric, floor, max_regression), tracking))
 
 
 def rollback(name: str, tracking: TrackingSettings = _DEFAULT) -> VersionReport:

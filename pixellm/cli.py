@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from pixellm import __version__
-from pixellm.errors import PixelLMError
+from pixellm.errors import ConfigError, PixelLMError
 from pixellm.evaluate_commands import compare, evaluate
 from pixellm.muse_commands import muse_app
 from pixellm.options import AsJson, overrides
@@ -304,16 +304,41 @@ def models_show(reference: str, as_json: AsJson = False) -> None:
 
 @models_app.command("promote")
 def models_promote(
-    reference: Annotated[str, typer.Argument(help="models:/NAME@candidate or models:/NAME/VERSION")],
-    metric: Annotated[str, typer.Option("--metric")] = "giou",
-    floor: Annotated[float, typer.Option("--floor", min=0, max=1)] = 0.0,
-    max_regression: Annotated[float, typer.Option("--max-regression", min=0)] = 0.02,
+    reference: Annotated[
+        str, typer.Argument(help="models:/NAME@candidate or models:/NAME/VERSION")
+    ] = "models:/pixellm@candidate",
+    to: Annotated[str, typer.Option("--to", help="the alias; champion is the only one that is asked for")] = "champion",
+    require: Annotated[
+        list[str] | None, typer.Option("--require", help="METRIC>=VALUE, e.g. 'muse.giou>=0.40'; may be repeated")
+    ] = None,
+    no_regression: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--no-regression", help="METRIC[:POINTS], e.g. mrefcoco.ciou:0.5: percentage points; may be repeated"
+        ),
+    ] = None,
+    metric: Annotated[str | None, typer.Option("--metric", help="of --floor and --max-regression [giou]")] = None,
+    floor: Annotated[float | None, typer.Option("--floor", min=0, max=1, help="least value that passes [0]")] = None,
+    max_regression: Annotated[
+        float | None, typer.Option("--max-regression", min=0, help="how far below the champion's value [0.02]")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Moves `champion` to a version if it passes the gate, or says why not (exit 1)."""
-    from pixellm.jobs import models
+    """Moves `champion` to a version if it passes every gate, or says why not (exit 1).
 
-    report = models.promote(reference, metric=metric, floor=floor, max_regression=max_regression)
+    With --require or --no-regression alone, these are the gates; else one on --metric. `pixellm evaluate --model
+    models:/…` gives a version the metrics of a suite, as SUITE.METRIC.
+    """
+    from pixellm.jobs import models
+    from pixellm.platform.gate import Gate, parse_no_regression, parse_requirement
+
+    if to != "champion":
+        raise ConfigError(f"--to is {to!r}; wanted champion, which services follow")
+    gates = [*map(parse_requirement, require or []), *map(parse_no_regression, no_regression or [])]
+    if not gates or (metric, floor, max_regression) != (None, None, None):
+        regression = 0.02 if max_regression is None else max_regression
+        gates.append(Gate(metric or "giou", floor or 0.0, regression))
+    report = models.promote(reference, gates=gates)
     _print(report.to_json_dict(), report.to_text(), as_json)
     raise typer.Exit(0 if report.passed else 1)
 

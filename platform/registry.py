@@ -11,7 +11,7 @@ import os
 import re
 import tempfile
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ import yaml
 
 import pixellm
 from pixellm.errors import ModelLoadError, TrackingError
-from pixellm.platform.gate import Gate, GateDecision, decide
+from pixellm.platform.gate import Gate, GateDecision, decide_all
 from pixellm.platform.settings import TrackingSettings
 from pixellm.platform.tracking import RunReference, Tracker, connect_store, store_address, tracking_errors
 
@@ -205,8 +205,20 @@ def set_alias(name: str, alias: str, version: int, tracking: TrackingSettings = 
         client.set_registered_model_alias(name, alias, str(version))
 
 
-def promote(reference: str, gate: Gate, tracking: TrackingSettings = _DEFAULT) -> Promotion:
-    """Moves `champion` to a version if it passes the gate; the former champion becomes `previous`.
+def add_metrics(version: ModelVersion, metrics: Mapping[str, float], tracking: TrackingSettings = _DEFAULT) -> None:
+    """Adds metrics to a registered version, in the place of those of the same names; gates read them.
+
+    Raises:
+        TrackingError: the version is gone, or the store cannot be written.
+    """
+    client = _client(tracking)
+    with tracking_errors(f"cannot add metrics to {version.reference}"):
+        for name, value in metrics.items():
+            client.set_model_version_tag(version.name, str(version.version), f"{_METRIC_TAG}{name}", repr(float(value)))
+
+
+def promote(reference: str, gate: Gate | Sequence[Gate], tracking: TrackingSettings = _DEFAULT) -> Promotion:
+    """Moves `champion` to a version if it passes every gate; the former champion becomes `previous`.
 
     Promotions on one machine are serialised, so that two at once compare with the same champion in turn.
 
@@ -220,7 +232,8 @@ def promote(reference: str, gate: Gate, tracking: TrackingSettings = _DEFAULT) -
         if champion is not None and champion.version == candidate.version:
             decision = GateDecision(True, f"version {candidate.version} is the champion already")
         else:
-            decision = decide(gate, candidate.metrics, None if champion is None else champion.metrics)
+            gates = [gate] if isinstance(gate, Gate) else gate
+            decision = decide_all(gates, candidate.metrics, None if champion is None else champion.metrics)
         before = None if champion is None else champion.version
         if not decision.passed or before == candidate.version:
             return Promotion(decision.passed, decision.reason, candidate, before, before)

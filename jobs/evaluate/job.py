@@ -37,6 +37,7 @@ from pixellm.jobs.evaluate.suites import find_suite, question_places
 from pixellm.jobs.evaluate.summary import Figure, Summary
 from pixellm.platform import registry, storage
 from pixellm.platform.data.shards import open_shards
+from pixellm.platform.gate import suite_metric
 from pixellm.platform.settings import Settings, TrackingSettings
 from pixellm.platform.tracking import from_any_folder, start_run
 from pixellm.platform.version import code_version
@@ -168,7 +169,8 @@ def evaluate_suite(
         suite_name: one of `suites.SUITES`.
         options: how.
         tracking: which registry the reference is looked up in.
-        settings: recorded as a run in MLflow with the results; None records nothing.
+        settings: recorded as a run in MLflow with the results; None records nothing. A registered version that
+            answered all questions by itself gets them as its metrics SUITE.METRIC, which gates read.
         open_answerer: opens what answers.
         on_progress: told after each block.
 
@@ -181,7 +183,9 @@ def evaluate_suite(
     """
     options, tracking = options or EvaluationOptions(), from_any_folder(tracking or TrackingSettings())
     suite, dataset = find_suite(suite_name), open_shards(storage.absolute(data_uri))
-    model_dir = registry.resolve(model_ref, tracking) if open_answerer is open_model else None
+    version = registry.look_up(str(model_ref), tracking) if str(model_ref).startswith("models:") else None
+    pinned = model_ref if version is None else version.reference
+    model_dir = registry.resolve(pinned, tracking) if open_answerer is open_model else None
     reference = str(model_ref) if model_dir is None or str(model_ref).startswith("models:") else str(model_dir)
     plan = AnswerPlan(dataset, suite, reference, options.mode, options.batch_size, options.device, tracking)
     folder = Path(out_dir)
@@ -223,6 +227,9 @@ def evaluate_suite(
             tracker.log_metrics({k: v for k, v in result.metrics.items() if math.isfinite(v)})
             for name in (METRICS_FILE, SAMPLES_FILE, *([REPORT_FILE] if options.with_report else [])):
                 tracker.log_artifact(folder / name, "evaluation")
+            if version is not None and options.mode == "generated" and options.limit is None:
+                finite = {suite_metric(suite.name, k): v for k, v in result.metrics.items() if math.isfinite(v)}
+                registry.add_metrics(version, finite, tracking)
     return result
 
 

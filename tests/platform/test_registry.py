@@ -18,9 +18,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pixellm.errors import ModelLoadError, TrackingError
+from pixellm.errors import ConfigError, ModelLoadError, TrackingError
 from pixellm.platform import registry
-from pixellm.platform.gate import Gate, decide
+from pixellm.platform.gate import Gate, decide, decide_all, parse_no_regression, parse_requirement
 from pixellm.platform.registry import ModelVersion
 from pixellm.platform.settings import Settings, TrackingSettings
 from pixellm.platform.tracking import Tracker, start_run
@@ -82,6 +82,34 @@ def test_the_gate_says_exactly_why_not() -> None:
     assert decide(gate, {"ciou": 0.5}, None).reason == "the version has no 'giou'; it has ciou"
     assert decide(gate, {"giou": 0.5}, {}).reason == "the champion has no 'giou' to compare with; it has no metrics"
     assert not decide(gate, {"giou": math.nan}, None).passed
+
+
+def test_requirements_and_no_regressions_are_read_as_they_are_written() -> None:
+    assert parse_requirement("muse.giou>=0.40") == Gate("muse.giou", 0.4, None)
+    assert parse_requirement("refcoco+.ciou >= .5") == Gate("refcoco-plus.ciou", 0.5, None)
+    assert parse_no_regression("mrefcoco.ciou:0.5") == Gate("mrefcoco.ciou", None, 0.005)
+    assert parse_no_regression("giou") == Gate("giou", None, 0.0)
+    for text in ("muse.giou", "muse.giou>0.4", "muse.giou>=much", ">=0.4", "giou>=nan"):
+        with pytest.raises(ConfigError, match="METRIC>=VALUE"):
+            parse_requirement(text)
+    for text in ("giou:", "giou:-1", "giou:some", ":0.5", "a b:1"):
+        with pytest.raises(ConfigError, match="METRIC:POINTS"):
+            parse_no_regression(text)
+
+
+def test_of_several_gates_all_must_pass_and_each_that_does_not_is_named() -> None:
+    gates = [parse_requirement("muse.giou>=0.40"), parse_no_regression("mrefcoco.ciou:0.5")]
+    champion = {"mrefcoco.ciou": 0.6}
+    passed = decide_all(gates, {"muse.giou": 0.4, "mrefcoco.ciou": 0.596}, champion)
+    assert passed.passed
+    assert passed.reason == "muse.giou 0.4 reaches the floor 0.4; mrefcoco.ciou 0.596 against the champion's 0.6"
+    assert decide_all(gates, {"muse.giou": 0.4, "mrefcoco.ciou": 0.1}, None).passed
+    one = decide_all(gates, {"muse.giou": 0.5, "mrefcoco.ciou": 0.594}, champion)
+    assert (one.passed, one.reason) == (False, "mrefcoco.ciou 0.594 is more than 0.005 below the champion's 0.6")
+    both = decide_all(gates, {"muse.giou": 0.3}, champion)
+    assert not both.passed
+    assert both.reason.startswith("muse.giou 0.3 is below the floor 0.4; the version has no 'mrefcoco.ciou'")
+    assert "pixellm evaluate --suite mrefcoco" in both.reason
 
 
 finite = st.floats(0, 1)
@@ -158,6 +186,10 @@ def test_champion_moves_through_the_gate_and_back_again(register: Register, trac
     assert (better.champion_before, better.champion_now) == (2, 4)
     assert better.candidate.aliases == ("candidate", "champion")
     assert aliases() == {1: (), 2: ("previous",), 3: (), 4: ("candidate", "champion")}
+
+    registry.add_metrics(registry.look_up(f"models:/{name}/3", tracking), {"muse.giou": 0.41}, tracking)
+    missed = registry.promote(f"models:/{name}/3", [parse_requirement("muse.giou>=0.42")], tracking)
+    assert (missed.passed, missed.reason) == (False, "muse.giou 0.41 is below the floor 0.42")
 
     again = registry.promote(f"models:/{name}/4", gate, tracking)
     assert again.passed
