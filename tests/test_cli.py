@@ -114,3 +114,25 @@ def test_a_number_that_is_no_port_is_wrong_usage(call: Call, command: str) -> No
     assert ended == WRONG_USAGE
     assert "--port" in err
     assert "Traceback" not in err
+
+
+def test_promote_takes_the_gates_on_the_command_line(call: Call) -> None:
+    import mlflow
+
+    client = mlflow.MlflowClient("sqlite:///runs/mlflow/mlflow.db")
+    client.create_registered_model("pixellm")
+    for ciou in (0.6, 0.5, 0.597):
+        tags = {"metric.muse.giou": "0.41", "metric.mrefcoco.ciou": str(ciou)}
+        client.create_model_version("pixellm", "file:///nowhere", tags=tags)
+    gates = ["--to", "champion", "--require", "muse.giou>=0.40", "--no-regression", "mrefcoco.ciou:0.5"]
+    promote = ["models", "promote"]
+
+    assert call(*promote, "models:/pixellm/1", *gates)[0] == 0
+    ended, out, _err = call(*promote, "models:/pixellm/2", *gates)
+    assert ended == FAILED
+    assert "mrefcoco.ciou 0.5 is more than 0.005 below the champion's 0.6" in out
+    client.set_registered_model_alias("pixellm", "candidate", "3")
+    ended, out, _err = call(*promote, *gates, "--json")  # the candidate when none is named
+    assert (ended, json.loads(out)["champion_now"]) == (0, 3)
+    ended, _out, err = call(*promote, "models:/pixellm/1", "--require", "muse.giou>0.4")
+    assert (ended, "METRIC>=VALUE" in err) == (WRONG_USAGE, True)

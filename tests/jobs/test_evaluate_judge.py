@@ -23,9 +23,12 @@ from pixellm.jobs.evaluate.samples import sample_row, text_for_judge
 from pixellm.jobs.evaluate.suites import Asked, find_suite
 from pixellm.jobs.evaluate.summary import summarize
 from pixellm.jobs.evaluate.types import Answer
+from pixellm.platform import registry
 from pixellm.platform.llm_client import Spending
 from pixellm.platform.llm_service import ServiceSettings
 from pixellm.platform.masks import rle_encode
+from pixellm.platform.settings import Settings, TrackingSettings
+from pixellm.platform.tracking import connect_store, start_run, store_address
 
 Reply = tuple[int, dict[str, str], bytes] | str
 Behaviour = Callable[[int, dict[str, Any]], Reply]
@@ -228,6 +231,29 @@ def test_a_refusal_and_an_empty_purse_leave_the_question_out(tmp_path: Path) -> 
         assert report["spent_usd"] <= 0.004
         assert {verdict.status for verdict in verdicts} == {"judged", "out of budget"}
         assert len(server.requests) == report["samples"]["judged"]
+
+
+def test_a_registered_version_gets_what_it_was_evaluated_to(tmp_path: Path) -> None:
+    settings = Settings(name="e", tracking=TrackingSettings(root=str(tmp_path / "store")))
+    with start_run(settings, kind="train"):
+        pass
+    client = connect_store(store_address(settings.tracking))
+    client.create_registered_model("pixellm")
+    client.create_model_version("pixellm", "file:///nowhere", tags={"metric.giou": "0.5"})
+    shards = write_case(tmp_path / "shards")
+
+    def evaluate(out: str, **options: Any) -> dict[str, float]:
+        evaluate_suite(
+            "models:/pixellm/1", shards, tmp_path / out, "muse", EvaluationOptions(with_report=False, **options),
+            tracking=settings.tracking, settings=settings, open_answerer=KnownAnswers(),
+        )  # fmt: skip
+        return registry.look_up("models:/pixellm/1", settings.tracking).metrics
+
+    assert evaluate("part", limit=1) == {"giou": 0.5}  # a part of the questions says nothing of the suite
+    metrics = evaluate("whole")
+    assert metrics["giou"] == 0.5
+    read = json.loads((tmp_path / "whole" / "metrics.json").read_text())["metrics"]
+    assert metrics["muse.giou"] == read["giou"] > 0
 
 
 def test_a_repeated_evaluation_costs_nothing_and_offline_fails_on_a_miss(tmp_path: Path) -> None:
