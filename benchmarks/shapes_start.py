@@ -1,6 +1,6 @@
 """A start for networks on `shapes`, as the paper's networks start from LLaVA: one that can already read and look.
 
-    python -m benchmarks.shapes_start OUT [--recipe ablations/full] [--language-steps 3000] [--sight-steps 600]
+    python -m benchmarks.shapes_start OUT [--recipe ablations/full] [--language-steps 3000] [--sight-steps 1500]
     pixellm train --config recipes/shapes.yaml --model.init_from=OUT
 
 From random weights a network learns masks long before it learns to look for what a question asks (EXPERIMENTS.md). Here
@@ -201,7 +201,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("out", type=Path, help="model folder to write")
     parser.add_argument("--recipe", default="ablations/full", help="whose network is made (default: ablations/full)")
     parser.add_argument("--language-steps", type=int, default=3000)
-    parser.add_argument("--sight-steps", type=int, default=600)
+    parser.add_argument("--sight-steps", type=int, default=1500)
     options = parser.parse_args(arguments)
     started = time.perf_counter()
     torch.set_num_threads(1)
