@@ -23,14 +23,6 @@ class AnswerOptions(BaseModel):
     stop: str | list[str] | None = Field(None, description="the answer ends before the first of these")
     model: str | None = Field(None, max_length=512, description="a served model's id (GET /v1/models)")
 
-    @model_validator(mode="before")
-    @classmethod
-    def _null_is_not_given(cls, fields: Any) -> Any:
-        """OpenAI's schema lets optional fields be null, and its clients send them so."""
-        if not isinstance(fields, dict):
-            return fields
-        return {name: value for name, value in fields.items() if value is not None}
-
 
 class SegmentBody(AnswerOptions):
     """`POST /v1/segment` as JSON; multipart sends the same fields with `image` as a file."""
@@ -111,3 +103,11 @@ class ChatBody(AnswerOptions):
     stream: bool = False
     stream_options: StreamOptions | None = None
     n: int = Field(1, ge=1, le=1, description="answers per question; only 1 is served")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_not_given(cls, fields: Any) -> Any:
+        """OpenAI's schema lets optional fields be null, and its clients send them so."""
+        if not isinstance(fields, dict):
+            return fields
+        return {name: value for name, value in fields.items() if value is not None}
