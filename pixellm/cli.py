@@ -336,8 +336,8 @@ def models_promote(
         raise ConfigError(f"--to is {to!r}; wanted champion, which services follow")
     gates = [*map(parse_requirement, require or []), *map(parse_no_regression, no_regression or [])]
     if not gates or (metric, floor, max_regression) != (None, None, None):
-        regression = 0.02 if max_regression is None else max_regression
-        gates.append(Gate(metric or "giou", floor or 0.0, regression))
+        given: dict[str, Any] = {"metric": metric, "floor": floor, "max_regression": max_regression}
+        gates.append(Gate(**{name: value for name, value in given.items() if value is not None}))
     report = models.promote(reference, gates=gates)
     _print(report.to_json_dict(), report.to_text(), as_json)
     raise typer.Exit(0 if report.passed else 1)

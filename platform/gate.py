@@ -37,7 +37,7 @@ class GateDecision:
 
 def suite_metric(suite: str, metric: str) -> str:
     """The name under which a version keeps a metric of a suite: ("mrefcoco+", "ciou") → "mrefcoco-plus.ciou"."""
-    return f"{suite}.{metric}".replace("+", "-plus")  # the store's names have no plus
+    return _stored(f"{suite}.{metric}")
 
 
 def parse_requirement(text: str) -> Gate:
@@ -50,7 +50,7 @@ def parse_requirement(text: str) -> Gate:
     floor = None if match is None else _number(match[2])
     if match is None or floor is None:
         raise ConfigError(f"the requirement is {text!r}; wanted METRIC>=VALUE, e.g. 'muse.giou>=0.40'")
-    return Gate(match[1].replace("+", "-plus"), floor, None)
+    return Gate(_stored(match[1]), floor, None)
 
 
 def parse_no_regression(text: str) -> Gate:
@@ -66,7 +66,7 @@ def parse_no_regression(text: str) -> Gate:
             f"the metric that must not regress is {text!r}; wanted METRIC or METRIC:POINTS, e.g. mrefcoco.ciou:0.5 for "
             "half a percentage point"
         )
-    return Gate(match[1].replace("+", "-plus"), None, points / 100)
+    return Gate(_stored(match[1]), None, points / 100)
 
 
 def decide_all(
@@ -115,6 +115,10 @@ def decide(gate: Gate, candidate: Mapping[str, float], champion: Mapping[str, fl
 
 def _named(metrics: Mapping[str, float]) -> str:
     return ", ".join(sorted(metrics)) or "no metrics"
+
+
+def _stored(metric: str) -> str:
+    return metric.replace("+", "-plus")  # the store's names have no plus
 
 
 def _number(text: str) -> float | None:

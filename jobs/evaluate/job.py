@@ -184,9 +184,10 @@ def evaluate_suite(
     options, tracking = options or EvaluationOptions(), from_any_folder(tracking or TrackingSettings())
     suite, dataset = find_suite(suite_name), open_shards(storage.absolute(data_uri))
     version = registry.look_up(str(model_ref), tracking) if str(model_ref).startswith("models:") else None
-    pinned = model_ref if version is None else version.reference
-    model_dir = registry.resolve(pinned, tracking) if open_answerer is open_model else None
-    reference = str(model_ref) if model_dir is None or str(model_ref).startswith("models:") else str(model_dir)
+    reference = str(model_ref) if version is None else version.reference  # an alias may move meanwhile
+    model_dir = registry.resolve(reference, tracking) if open_answerer is open_model else None
+    if version is None and model_dir is not None:
+        reference = str(model_dir)
     plan = AnswerPlan(dataset, suite, reference, options.mode, options.batch_size, options.device, tracking)
     folder = Path(out_dir)
     identity = _identity(plan, options, model_dir)
